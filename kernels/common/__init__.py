@@ -1,0 +1,1 @@
+"""What every operator shares: argument checks and the description of packed documents."""

@@ -1,0 +1,176 @@
+"""Packed documents: where each begins in a flat row of tokens, known on the host.
+
+Everything that depends on document lengths is worked out here in plain Python, once, and kept; the operators only
+index with the tensors this class hands out. One object made per batch and passed to every layer costs one
+host-to-device copy per tensor and no synchronisation.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """Tokens laid out in chunks that never span two documents; short chunks are padded at their end.
+
+    Chunks stand in document order. `order` lists them step-major instead: first every document's first chunk, then
+    every document's second, longest documents first, so that one step of the recurrence over chunks is a slice.
+    """
+
+    nchunks: int
+    slots: Tensor | None  # (tokens,) where each token stands in the padded layout; None: the layout is the tokens
+    order: Tensor  # (nchunks,) chunk at each place of the step-major order
+    inverse: Tensor  # (nchunks,) place of each chunk in the step-major order
+    steps: tuple[int, ...]  # number of documents still running at each step
+    ranking: Tensor  # (documents,) documents by descending number of chunks
+    unranking: Tensor  # (documents,) the inverse of `ranking`
+
+
+class Documents:
+    """Documents packed end to end in one flat row of tokens; a document may be empty.
+
+    cu_seqlens: ascending offsets, `[0, len_0, len_0 + len_1, ..., tokens]`. Raises ValueError when they are not.
+    """
+
+    def __init__(self, cu_seqlens: Sequence[int]):
+        offsets = tuple(int(offset) for offset in cu_seqlens)
+        if len(offsets) < 2 or offsets[0] != 0:
+            raise ValueError(f"cu_seqlens must start at 0 and hold at least two offsets, got {list(offsets[:8])}")
+        if any(b < a for a, b in zip(offsets, offsets[1:], strict=False)):
+            raise ValueError(f"cu_seqlens must not descend, got {list(offsets[:8])}{'...' if len(offsets) > 8 else ''}")
+        self.offsets = offsets
+        # the first and the last document of each row, where rows hold several
+        self.row_edges: tuple[list[int], list[int]] | None = None
+        self._cache: dict[tuple, object] = {}
+
+    @classmethod
+    def rows(cls, batch: int, seqlen: int) -> "Documents":
+        """Every row of a (batch, seqlen) tensor is one document."""
+        return cls([row * seqlen for row in range(batch + 1)])
+
+    @classmethod
+    def of(cls, cu_seqlens: "Documents | Tensor | Sequence[int]", tokens: int) -> "Documents":
+        """Documents from offsets that must cover `tokens`; a tensor on a device is copied to the host."""
+        if isinstance(cu_seqlens, Tensor):
+            cu_seqlens = cu_seqlens.tolist()
+        documents = cu_seqlens if isinstance(cu_seqlens, Documents) else cls(cu_seqlens)
+        if documents.tokens != tokens:
+            raise ValueError(f"cu_seqlens must end at the number of tokens ({tokens}), got {documents.tokens}")
+        return documents
+
+    @classmethod
+    def from_seq_idx(cls, seq_idx: Tensor) -> "Documents":
+        """Documents from a (batch, seqlen) document index; a new one starts wherever the index changes."""
+        batch, seqlen = seq_idx.shape
+        if seqlen == 0:
+            return cls.rows(batch, 0)
+        index = seq_idx.cpu()
+        starts = torch.ones(batch, seqlen, dtype=torch.bool)
+        starts[:, 1:] = index[:, 1:] != index[:, :-1]
+        documents = cls([*starts.flatten().nonzero().flatten().tolist(), batch * seqlen])
+        last = (starts.sum(1).cumsum(0) - 1).tolist()
+        documents.row_edges = ([0, *(document + 1 for document in last[:-1])], last)
+        return documents
+
+    @property
+    def tokens(self) -> int:
+        return self.offsets[-1]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.diff(np.asarray(self.offsets, dtype=np.int64))
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        return np.asarray(self.offsets[:-1], dtype=np.int64)
+
+    @property
+    def nrows(self) -> int:
+        """How many states may enter: one a row, or one a document where documents are the rows."""
+        return len(self) if self.row_edges is None else len(self.row_edges[0])
+
+    def enter(self, states: Tensor) -> Tensor:
+        """States of rows -> states of documents: a row's state enters its first document, zeros the others."""
+        if self.row_edges is None:
+            return states
+        first = self._kept("first", states.device, lambda: self.row_edges[0])
+        return states.new_zeros(len(self), *states.shape[1:]).index_copy(0, first, states)
+
+    def leave(self, states: Tensor) -> Tensor:
+        """States of documents -> states of rows: a row leaves the state of its last document."""
+        if self.row_edges is None:
+            return states
+        return states[self._kept("last", states.device, lambda: self.row_edges[1])]
+
+    def position(self, device: torch.device) -> Tensor:
+        """(tokens,) each token's place in its document, counted from 0."""
+        return self._kept("position", device, lambda: np.arange(self.tokens) - np.repeat(self.starts, self.lengths))
+
+    def heads(self, count: int, device: torch.device) -> Tensor:
+        """(3, heads): document, token and place in the document of the first `count` tokens of every document."""
+
+        def build():
+            lengths = np.minimum(self.lengths, count)
+            document = np.repeat(np.arange(len(self)), lengths)
+            place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            return np.stack([document, self.starts[document] + place, place])
+
+        return self._kept(("heads", count), device, build)
+
+    def tails(self, count: int, device: torch.device) -> Tensor:
+        """(documents, count): the last `count` tokens of every document; those before its start index what precedes
+        it, (documents, count) entries that follow the tokens."""
+
+        def build():
+            token = (self.starts + self.lengths)[:, None] + np.arange(-count, 0)
+            before = token - self.starts[:, None]
+            document = np.arange(len(self))[:, None]
+            return np.where(before >= 0, token, self.tokens + document * count + before + count)
+
+        return self._kept(("tails", count), device, build)
+
+    def chunks(self, chunk_size: int, device: torch.device) -> ChunkLayout:
+        """The layout of these documents in chunks of `chunk_size` tokens."""
+        key = ("chunks", chunk_size, device)
+        if key not in self._cache:
+            self._cache[key] = self._lay_out(chunk_size, device)
+        return self._cache[key]  # type: ignore[return-value]
+
+    def _lay_out(self, chunk_size: int, device: torch.device) -> ChunkLayout:
+        per_document = -(-self.lengths // chunk_size)
+        first_chunk = np.concatenate([[0], np.cumsum(per_document)])
+        nchunks = int(first_chunk[-1])
+        ranking = np.argsort(-per_document, kind="stable")
+        steps = tuple(int((per_document > step).sum()) for step in range(int(per_document.max(initial=0))))
+        order = np.concatenate(
+            [first_chunk[ranking[:running]] + step for step, running in enumerate(steps)] or [np.empty(0)]
+        ).astype(np.int64)
+        slots = None
+        if nchunks * chunk_size != self.tokens:
+            padded_start = first_chunk[:-1] * chunk_size
+            slots = np.arange(self.tokens) + np.repeat(padded_start - self.starts, self.lengths)
+        move = lambda array: torch.as_tensor(array, dtype=torch.int64).to(device)  # noqa: E731
+        return ChunkLayout(
+            nchunks=nchunks,
+            slots=None if slots is None else move(slots),
+            order=move(order),
+            inverse=move(np.argsort(order, kind="stable")),
+            steps=steps,
+            ranking=move(ranking),
+            unranking=move(np.argsort(ranking, kind="stable")),
+        )
+
+    def _kept(self, name: Hashable, device: torch.device, build: Callable[[], Any]) -> Tensor:
+        key = (name, device)
+        if key not in self._cache:
+            self._cache[key] = torch.as_tensor(np.asarray(build()), dtype=torch.int64).to(device)
+        return self._cache[key]  # type: ignore[return-value]

@@ -1,0 +1,6 @@
+"""The state space duality (SSD) operator of Mamba-2."""
+
+from .combined import SSDSpan, mamba_chunk_scan_combined
+from .reference import discretize, ssd_matrix, ssd_recurrence
+
+__all__ = ["SSDSpan", "discretize", "mamba_chunk_scan_combined", "ssd_matrix", "ssd_recurrence"]

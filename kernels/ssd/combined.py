@@ -1,0 +1,148 @@
+"""The SSD operator: one function for a whole sequence, and the same cut in two where the state passes."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common.checks import check_choice, check_divisible, check_ndim, check_positive, check_shape
+from ..common.documents import Documents
+from .chunked import ChunkedSpan
+from .reference import discretize, skip
+
+Backend = Literal["auto", "triton", "torch"]
+
+
+class SSDSpan:
+    """A span of tokens seen from its state: what it leaves when nothing enters, and its outputs once that is known.
+
+    Arguments as in `mamba_chunk_scan_combined`. `leaving` and `scan` share their work.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        chunk_size: int,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: "Documents | Tensor | None" = None,
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+        *,
+        backend: Backend = "auto",
+    ):
+        _check(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, cu_seqlens, dt_limit, backend)
+        batch, seqlen = x.shape[:2]
+        if cu_seqlens is not None:
+            self.documents = Documents.of(cu_seqlens, batch * seqlen)
+        elif seq_idx is not None:
+            self.documents = Documents.from_seq_idx(seq_idx)
+        else:
+            self.documents = Documents.rows(batch, seqlen)
+        self.x, self.D, self.z = x, D, z
+        self.state_shape = (self.documents.nrows, *x.shape[2:], B.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            dt = discretize(dt, dt_bias, dt_softplus, dt_limit)
+            flat = [tensor.flatten(0, 1) for tensor in (x, dt, B, C)]
+            self.span = ChunkedSpan(flat[0], flat[1], A, flat[2], flat[3], chunk_size, self.documents)
+
+    def leaving(self) -> tuple[Tensor, Tensor]:
+        """Each document's final state if nothing enters, (documents, nheads, headdim, d_state), and the share of an
+        entering state that it leaves, (documents, nheads); float32 or wider. Documents are those of `cu_seqlens`."""
+        with torch.autocast(self.x.device.type, enabled=False):
+            return self.span.leaving()
+
+    def scan(self, initial_states: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Outputs and final states, given the states that enter; shapes as in `mamba_chunk_scan_combined`."""
+        if initial_states is not None:
+            axes = "(batch or documents, nheads, headdim, d_state)"
+            check_shape("initial_states", initial_states, self.state_shape, axes)
+            initial_states = self.documents.enter(initial_states)
+        with torch.autocast(self.x.device.type, enabled=False):
+            y, final = self.span.scan(initial_states)
+            y = y.view(self.x.shape)
+            if self.D is not None:
+                y = y + skip(self.x, self.D)
+            if self.z is not None:
+                y = y * F.silu(self.z.to(y.dtype))
+        return y.to(self.x.dtype), self.documents.leave(final)
+
+
+def mamba_chunk_scan_combined(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: "Documents | Tensor | None" = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+    *,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """h_t = exp(A dt_t) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t + D x_t (arXiv 2405.21060), times silu(z) if given.
+
+    x: (batch, seqlen, nheads, headdim)
+    dt: (batch, seqlen, nheads); becomes clamp(softplus(dt + dt_bias), *dt_limit)
+    A: (nheads,), negative
+    B, C: (batch, seqlen, ngroups, d_state); ngroups divides nheads
+    D: (nheads,) or (nheads, headdim)
+    z: (batch, seqlen, nheads, headdim)
+    dt_bias: (nheads,)
+    initial_states: (batch, nheads, headdim, d_state), the state before each row's first token, whatever its index in
+        `seq_idx`; with `cu_seqlens` (documents, nheads, headdim, d_state); None: zeros
+    seq_idx: (batch, seqlen) integers; a new document starts wherever it changes. Read on the host: on a device this
+        waits for it, `cu_seqlens` held on the host does not
+    cu_seqlens: (documents + 1,) ascending offsets of documents packed in a batch of one; documents may be empty
+
+    Returns y like x and, with `return_final_states`, the states after each row's last token (with `cu_seqlens`, each
+    document's), float32 or wider. States, decays and cumulative sums are float32, float64 when x is.
+    Raises ValueError for shapes that do not fit, naming the argument.
+    """
+    span = SSDSpan(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, cu_seqlens, dt_softplus, dt_limit, backend=backend)
+    y, final_states = span.scan(initial_states)
+    return (y, final_states) if return_final_states else y
+
+
+def _check(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, cu_seqlens, dt_limit, backend) -> None:
+    check_choice("backend", backend, ("auto", "triton", "torch"))
+    if backend == "triton":
+        raise NotImplementedError("backend 'triton' has no SSD kernel in this version; use 'auto' or 'torch'")
+    check_positive("chunk_size", chunk_size)
+    check_ndim("x", x, "(batch, seqlen, nheads, headdim)")
+    check_ndim("B", B, "(batch, seqlen, ngroups, d_state)")
+    batch, seqlen, nheads, headdim = x.shape
+    check_divisible("nheads", nheads, "ngroups", B.shape[2])
+    check_shape("dt", dt, (batch, seqlen, nheads), "(batch, seqlen, nheads)")
+    check_shape("A", A, (nheads,), "(nheads,)")
+    check_shape("B", B, (batch, seqlen, *B.shape[2:]), "(batch, seqlen, ngroups, d_state)")
+    check_shape("C", C, B.shape, "(batch, seqlen, ngroups, d_state)")
+    if D is not None and tuple(D.shape) not in ((nheads,), (nheads, headdim)):
+        raise ValueError(f"D must have shape ({nheads},) or ({nheads}, {headdim}), got {tuple(D.shape)}")
+    if z is not None:
+        check_shape("z", z, x.shape, "(batch, seqlen, nheads, headdim)")
+    if dt_bias is not None:
+        check_shape("dt_bias", dt_bias, (nheads,), "(nheads,)")
+    if not 0.0 <= dt_limit[0] <= dt_limit[1]:
+        raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit}")
+    if seq_idx is not None:
+        check_shape("seq_idx", seq_idx, (batch, seqlen), "(batch, seqlen)")
+    if seq_idx is not None and cu_seqlens is not None:
+        raise ValueError("seq_idx and cu_seqlens both describe documents; give one of them")
+    if cu_seqlens is not None and batch != 1:
+        raise ValueError(f"cu_seqlens packs documents in a batch of one, got batch {batch}; flatten the batch first")

@@ -1,0 +1,206 @@
+"""Every choice of a model and of how it is split; wrong values are refused here."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+Activation = Literal["swiglu", "relu2", "gelu"]
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or value > 0, f"{name} must be above 0, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Config:
+    """A Mamba-2 mixer (arXiv 2405.21060, section 7)."""
+
+    d_state: int = 128
+    """Size of the state per channel."""
+    headdim: int = 64
+    """Channels per head."""
+    expand: float = 2.0
+    """Inner channels as a multiple of d_model."""
+    ngroups: int = 1
+    """Groups of heads that share B and C; the gated norm has as many groups."""
+    d_conv: int = 4
+    """Width of the causal convolution."""
+    chunk_size: int = 256
+    """Tokens per chunk of the scan; changes speed and rounding, not the result."""
+    norm_before_gate: bool = False
+    """Normalise before the gate silu(z) rather than after it."""
+    D_has_hdim: bool = False
+    """One skip weight per channel rather than per head."""
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    """Bounds the step size is clamped to."""
+    A_init_range: tuple[float, float] = (1.0, 16.0)
+    """-A is drawn uniformly from this range."""
+    dt_init_range: tuple[float, float] = (1e-3, 1e-1)
+    """The step size at dt = 0 is drawn log-uniformly from this range."""
+    dt_init_floor: float = 1e-4
+    """Lowest initial step size."""
+
+    def __post_init__(self):
+        _positive(self, "d_state", "headdim", "expand", "ngroups", "d_conv", "chunk_size", "dt_init_floor")
+        _require(2 <= self.d_conv <= 8, f"d_conv must lie in 2..8, got {self.d_conv}")
+        for name in ("A_init_range", "dt_init_range"):
+            low, high = getattr(self, name)
+            _require(0 < low <= high, f"{name} must be (low, high) with 0 < low <= high, got {(low, high)}")
+        low, high = self.dt_limit
+        _require(0 <= low <= high, f"dt_limit must be (low, high) with 0 <= low <= high, got {self.dt_limit}")
+
+    def d_inner(self, d_model: int) -> int:
+        """Inner channels of a mixer of width `d_model`; raises ValueError when they do not fill heads and groups."""
+        d_inner = round(self.expand * d_model)
+        _require(
+            abs(d_inner - self.expand * d_model) < 1e-6,
+            f"expand ({self.expand}) * d_model ({d_model}) must be a whole number of channels",
+        )
+        _require(d_inner % self.headdim == 0, f"d_inner ({d_inner}) must be divisible by headdim ({self.headdim})")
+        nheads = d_inner // self.headdim
+        _require(nheads % self.ngroups == 0, f"nheads ({nheads}) must be divisible by ngroups ({self.ngroups})")
+        return d_inner
+
+    def nheads(self, d_model: int) -> int:
+        """Heads of a mixer of width `d_model`."""
+        return self.d_inner(d_model) // self.headdim
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Causal attention with grouped queries."""
+
+    nheads: int | None = None
+    """Query heads; None: d_model / head_dim."""
+    head_dim: int = 64
+    """Channels per head."""
+    nheads_kv: int | None = None
+    """Key and value heads; None: as many as query heads."""
+    rope_theta: float | None = None
+    """Base of rotary position embeddings; None: none, as published for Mamba-2 hybrids."""
+
+    def __post_init__(self):
+        _positive(self, "nheads", "head_dim", "nheads_kv", "rope_theta")
+        _require(
+            self.rope_theta is None or self.head_dim % 2 == 0,
+            f"head_dim ({self.head_dim}) must be even for rotary embeddings; change it or leave rope_theta empty",
+        )
+
+    def heads(self, d_model: int) -> tuple[int, int]:
+        """Query heads and key/value heads at width `d_model`; raises ValueError when they do not fit."""
+        nheads = self.nheads
+        if nheads is None:
+            _require(
+                d_model % self.head_dim == 0,
+                f"d_model ({d_model}) must be divisible by head_dim ({self.head_dim}), or set attention.nheads",
+            )
+            nheads = d_model // self.head_dim
+        nheads_kv = self.nheads_kv or nheads
+        _require(nheads % nheads_kv == 0, f"attention.nheads ({nheads}) must be divisible by nheads_kv ({nheads_kv})")
+        return nheads, nheads_kv
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPConfig:
+    """A two-layer perceptron, gated for "swiglu"."""
+
+    d_ff: int | None = None
+    """Inner channels; None: 4 * d_model, or 8/3 * d_model rounded up to a multiple of 64 when gated."""
+    activation: Activation = "swiglu"
+    """"swiglu" (gated), "relu2" (squared ReLU) or "gelu"."""
+
+    def __post_init__(self):
+        _positive(self, "d_ff")
+        _require(
+            self.activation in ("swiglu", "relu2", "gelu"),
+            f"activation must be swiglu, relu2 or gelu, got {self.activation!r}",
+        )
+
+    def width(self, d_model: int) -> int:
+        """Inner channels at width `d_model`."""
+        if self.d_ff is not None:
+            return self.d_ff
+        return 64 * math.ceil(d_model * 8 / 3 / 64) if self.activation == "swiglu" else 4 * d_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridConfig:
+    """A language model of Mamba-2, attention and MLP layers in the order a pattern gives."""
+
+    pattern: str = "M-M-M*-M-"
+    """One letter a layer: M Mamba-2, * attention, - MLP."""
+    d_model: int = 512
+    """Width of the residual stream."""
+    vocab_size: int = 50288
+    """Tokens of the vocabulary, padding included; must be divisible by tp."""
+    tie_embeddings: bool = True
+    """Use the embedding as the output head."""
+    norm_eps: float = 1e-5
+    """Added to mean squares under the root."""
+    mamba: Mamba2Config = field(default_factory=Mamba2Config)
+    """The M layers."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """The * layers."""
+    mlp: MLPConfig = field(default_factory=MLPConfig)
+    """The - layers."""
+
+    def __post_init__(self):
+        _positive(self, "d_model", "vocab_size", "norm_eps")
+        _require(len(self.pattern) > 0, "pattern must name at least one layer, as in 'M-M*'")
+        _require("|" not in self.pattern, f"pattern {self.pattern!r}: '|' (pipeline cut) needs a pipeline engine")
+        _require("E" not in self.pattern, f"pattern {self.pattern!r}: 'E' (mixture of experts) is not supported")
+        wrong = sorted(set(self.pattern) - set("M*-"))
+        _require(
+            not wrong, f"pattern {self.pattern!r} has {', '.join(map(repr, wrong))}; layers are M (Mamba-2), *, -"
+        )
+        if "M" in self.pattern:
+            self.mamba.d_inner(self.d_model)
+        if "*" in self.pattern:
+            self.attention.heads(self.d_model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a model and its sequences are split over processes."""
+
+    tp: int = 1
+    """Tensor parallel: ranks that share every layer."""
+    cp: int = 1
+    """Context parallel: ranks that share every sequence."""
+    dp: int | None = None
+    """Data parallel: replicas that read different sequences; None: whatever the processes leave."""
+    sequence_parallel: bool = False
+    """Keep the residual stream split over tp between layers; needs tp above 1."""
+    layout: Literal["contiguous", "zigzag"] = "contiguous"
+    """How a sequence is cut over cp; "zigzag" balances attention."""
+    state_scan: Literal["all_gather", "ring"] = "all_gather"
+    """How states travel over cp."""
+    sharding: Literal["fsdp", "ddp"] = "fsdp"
+    """Over dp x cp: shard parameters (FSDP2) or keep whole replicas (DDP)."""
+
+    def __post_init__(self):
+        _positive(self, "tp", "cp", "dp")
+        _choice(self, "layout", "contiguous", "zigzag")
+        _choice(self, "state_scan", "all_gather", "ring")
+        _choice(self, "sharding", "fsdp", "ddp")
+        _require(
+            not (self.sequence_parallel and self.tp == 1),
+            "sequence_parallel splits over tp and needs tp above 1; set tp or leave it off",
+        )
+
+    @property
+    def processes(self) -> int:
+        """The fewest processes that fit."""
+        return self.tp * self.cp * (self.dp or 1)
+
+
+def _choice(config: object, name: str, *choices: str) -> None:
+    value = getattr(config, name)
+    _require(value in choices, f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -1,0 +1,116 @@
+"""The language model: embedding, hybrid stack, norm, head."""
+
+import torch
+from torch import Tensor, nn
+
+from mamba2_dist.config import HybridConfig, ParallelConfig
+from mamba2_dist.modules.base import initialize
+from mamba2_dist.modules.block import hybrid_layers
+from mamba2_dist.modules.embedding import VocabParallelEmbedding, VocabParallelHead, vocab_parallel_logits
+from mamba2_dist.modules.norm import RMSNorm
+from mamba2_dist.parallel.cross_entropy import vocab_parallel_cross_entropy
+from mamba2_dist.parallel.groups import ParallelGroups
+from mamba2_dist.parallel.segments import SegmentTable
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and the last norm."""
+
+    def __init__(self, config: HybridConfig, groups: ParallelGroups, parallel: ParallelConfig, **factory):
+        super().__init__()
+        split = {"sequence_parallel": parallel.sequence_parallel, **factory}
+        self.embedding = VocabParallelEmbedding(config.vocab_size, config.d_model, groups.tp, **split)
+        self.layers = hybrid_layers(config, groups, state_scan=parallel.state_scan, **split)
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps, groups.tp, **split)
+
+    def forward(self, tokens: Tensor, segments: SegmentTable) -> Tensor:
+        """(batch, seqlen/cp) -> (batch, seqlen/cp, d_model)."""
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x, segments)
+        return self.norm_f(x)
+
+
+class HybridModel(nn.Module):
+    """A language model of Mamba-2, attention and MLP layers, split over `groups`.
+
+    parallel: how it is split; its sizes must be those of `groups`. seed: parameters are drawn from it, the same model
+    whatever the split. Raises ValueError when the model does not fit the split.
+    """
+
+    def __init__(
+        self,
+        config: HybridConfig,
+        groups: ParallelGroups | None = None,
+        parallel: ParallelConfig | None = None,
+        *,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        groups = groups or ParallelGroups()
+        parallel = parallel or ParallelConfig(tp=groups.tp.size, cp=groups.cp.size)
+        for name, size in (("tp", groups.tp.size), ("cp", groups.cp.size)):
+            if getattr(parallel, name) != size:
+                raise ValueError(f"parallel.{name} ({getattr(parallel, name)}) must equal the groups' {name} ({size})")
+        if groups.pp.size > 1:
+            raise ValueError(f"pp must be 1, got {groups.pp.size}; pipelines need a pipeline engine")
+        self.config, self.groups, self.parallel = config, groups, parallel
+        factory = {"device": device, "dtype": dtype}
+        self.backbone = Backbone(config, groups, parallel, **factory)
+        self.lm_head = None
+        if not config.tie_embeddings:
+            self.lm_head = VocabParallelHead(
+                config.vocab_size, config.d_model, groups.tp, sequence_parallel=parallel.sequence_parallel, **factory
+            )
+        if torch.device(device or "cpu").type != "meta":
+            initialize(self, seed)
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor | None = None, segments: SegmentTable | None = None
+    ) -> Tensor:
+        """Logits, (batch, seqlen/cp, vocab_size/tp), or with `labels` the loss of each token, (batch, seqlen/cp).
+
+        tokens: (batch, seqlen/cp); labels: the same, each token's successor, -100 where none is asked for.
+        segments: how the sequence is cut over cp; None: rows of one document each, cp must be 1.
+        """
+        if segments is None:
+            if self.groups.cp.size > 1:
+                raise ValueError(f"segments must be given when cp ({self.groups.cp.size}) is above 1")
+            segments = SegmentTable.contiguous(tokens.shape[1], 1, batch=tokens.shape[0])
+        self._check(tokens, segments)
+        logits = self._logits(self.backbone(tokens, segments))
+        return logits if labels is None else vocab_parallel_cross_entropy(logits, labels, self.groups.tp)
+
+    def new_cache(self, batch: int) -> list:
+        """Every layer's memory before the first token."""
+        return [layer.mixer.new_cache(batch) for layer in self.backbone.layers]
+
+    def step(self, tokens: Tensor, cache: list) -> Tensor:
+        """Logits after one more token, (batch, 1) -> (batch, 1, vocab_size/tp); `cache` is brought up to date."""
+        if self.parallel.sequence_parallel or self.groups.cp.size > 1:
+            raise ValueError("step takes one token at a time: cp must be 1 and sequence_parallel off")
+        x = self.backbone.embedding(tokens)
+        for layer, memory in zip(self.backbone.layers, cache, strict=True):
+            x = layer.step(x, memory)
+        return self._logits(self.backbone.norm_f(x))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if self.lm_head is not None:
+            return self.lm_head(x)
+        weight, tp = self.backbone.embedding.weight, self.groups.tp
+        return vocab_parallel_logits(x, weight, tp, sequence_parallel=self.parallel.sequence_parallel)
+
+    def _check(self, tokens: Tensor, segments: SegmentTable) -> None:
+        cp, tp = self.groups.cp, self.groups.tp
+        if segments.ranks != cp.size:
+            raise ValueError(f"the segment table is made for {segments.ranks} ranks, cp is {cp.size}")
+        length = segments.local(cp.rank).length
+        if tuple(tokens.shape) != (segments.batch, length):
+            raise ValueError(
+                f"tokens must have shape (batch, this rank's tokens) = {(segments.batch, length)}, "
+                f"got {tuple(tokens.shape)}"
+            )
+        if self.parallel.sequence_parallel and length % tp.size != 0:
+            raise ValueError(f"tokens of a cp rank ({length}) must be divisible by tp ({tp.size}) for sequence_parallel")

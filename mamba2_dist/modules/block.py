@@ -1,0 +1,55 @@
+"""The pre-norm residual block around any mixer, and the stack that a pattern describes."""
+
+from torch import Tensor, nn
+
+from mamba2_dist.config import HybridConfig
+from mamba2_dist.parallel.groups import ParallelGroups
+from mamba2_dist.parallel.segments import SegmentTable
+from mamba2_dist.parallel.state_scan import StateScan
+
+from .attention import Attention
+from .mixer import Mamba2Mixer
+from .mlp import MLP
+from .norm import RMSNorm
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x))."""
+
+    def __init__(self, norm: nn.Module, mixer: nn.Module):
+        super().__init__()
+        self.norm, self.mixer = norm, mixer
+
+    def forward(self, x: Tensor, segments: SegmentTable) -> Tensor:
+        """(batch, seqlen/cp, d_model) -> the same."""
+        return x + self.mixer(self.norm(x), segments)
+
+    def step(self, x: Tensor, cache: object) -> Tensor:
+        """One token, (batch, 1, d_model) -> the same; `cache` is the mixer's."""
+        return x + self.mixer.step(self.norm(x), cache)
+
+
+def hybrid_layers(
+    config: HybridConfig,
+    groups: ParallelGroups,
+    *,
+    sequence_parallel: bool = False,
+    state_scan: StateScan = "all_gather",
+    **factory,
+) -> nn.ModuleList:
+    """The blocks of `config.pattern`, parameters allocated but not drawn."""
+    shared = {"sequence_parallel": sequence_parallel, "residual_layers": len(config.pattern), **factory}
+    makers = {
+        "M": lambda: Mamba2Mixer(
+            config.mamba, config.d_model, groups, state_scan=state_scan, norm_eps=config.norm_eps, seed=None, **shared
+        ),
+        "*": lambda: Attention(config.attention, config.d_model, groups, **shared),
+        "-": lambda: MLP(config.mlp, config.d_model, groups, **shared),
+    }
+    return nn.ModuleList(
+        Block(
+            RMSNorm(config.d_model, config.norm_eps, groups.tp, sequence_parallel=sequence_parallel, **factory),
+            makers[letter](),
+        )
+        for letter in config.pattern
+    )

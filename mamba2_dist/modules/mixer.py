@@ -1,0 +1,146 @@
+"""The Mamba-2 mixer: in_proj, conv1d, SSD, gated norm, out_proj (arXiv 2405.21060, section 7)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mamba2_dist.config import Mamba2Config
+from mamba2_dist.kernels.ssd import discretize, mamba_chunk_scan_combined, ssd_matrix
+from mamba2_dist.parallel.groups import ParallelGroups
+from mamba2_dist.parallel.partition import mamba2_partition
+from mamba2_dist.parallel.segments import SegmentTable
+from mamba2_dist.parallel.ssd import ssd_over_segments
+from mamba2_dist.parallel.state_scan import StateScan
+
+from . import init
+from .base import PartitionedModule, initialize
+from .conv import CausalConv1d
+from .linear import ColumnParallelLinear, RowParallelLinear
+from .norm import GatedRMSNorm
+
+
+@dataclass
+class Mamba2Cache:
+    """What a mixer remembers of the tokens before: (batch, d_conv - 1, channels/tp) and
+    (batch, nheads/tp, headdim, d_state)."""
+
+    conv: Tensor
+    ssm: Tensor
+
+
+class Mamba2Mixer(PartitionedModule):
+    """One Mamba-2 layer, heads split over `groups.tp` and the sequence over `groups.cp`.
+
+    Communicates one all-reduce over tp (with sequence_parallel one all-gather and one reduce-scatter), one of squared
+    sums where a norm group spans ranks, and over cp one halo and one state exchange.
+
+    residual_layers: layers that add to the residual stream, for the scale of out_proj.
+    seed: parameters are drawn from it, the same for any split; None: left for `initialize`.
+    Raises ValueError when heads or groups do not fit tp.
+    """
+
+    def __init__(
+        self,
+        config: Mamba2Config,
+        d_model: int,
+        groups: ParallelGroups | None = None,
+        *,
+        sequence_parallel: bool = False,
+        state_scan: StateScan = "all_gather",
+        norm_eps: float = 1e-5,
+        residual_layers: int = 1,
+        seed: int | None = 0,
+        **factory,
+    ):
+        super().__init__()
+        groups = groups or ParallelGroups()
+        d_inner, nheads = config.d_inner(d_model), config.nheads(d_model)
+        self.config, self.cp, self.state_scan = config, groups.cp, state_scan
+        self.share = share = mamba2_partition(
+            d_inner=d_inner, nheads=nheads, ngroups=config.ngroups, d_state=config.d_state,
+            tp=groups.tp.size, rank=groups.tp.rank,
+        )  # fmt: skip
+        shared_by = groups.tp_part(share.group_ranks)
+        self.in_proj = ColumnParallelLinear(
+            d_model, share.in_proj, groups.tp, init.projection(d_model),
+            shared_by=shared_by, sequence_parallel=sequence_parallel, **factory,
+        )  # fmt: skip
+        self.conv1d = CausalConv1d(share.conv1d, config.d_conv, groups.cp, shared_by=shared_by, **factory)
+        self.add_parameter("dt_bias", share.heads, init.step_bias(*config.dt_init_range, config.dt_init_floor), **factory)
+        self.add_parameter("A_log", share.heads, init.log_uniform_range(*config.A_init_range), **factory)
+        self.add_parameter("D", share.channels if config.D_has_hdim else share.heads, init.ones, **factory)
+        self.norm = GatedRMSNorm(
+            share.channels, shared_by,
+            eps=norm_eps, group_size=d_inner // config.ngroups, norm_before_gate=config.norm_before_gate, **factory,
+        )  # fmt: skip
+        self.out_proj = RowParallelLinear(
+            d_model, share.out_proj, groups.tp, init.projection(d_inner, residual_layers),
+            sequence_parallel=sequence_parallel, **factory,
+        )  # fmt: skip
+        if seed is not None:
+            initialize(self, seed)
+
+    def forward(self, u: Tensor, segments: SegmentTable | None = None) -> Tensor:
+        """(batch, seqlen/cp, d_model) -> the same; with sequence_parallel (batch, seqlen/cp/tp, d_model).
+
+        segments: how the sequence is cut over cp; None: rows of one document each, cp must be 1.
+        """
+        z, xBC, dt = self._project(u)
+        if segments is None:
+            if self.cp.size > 1:
+                raise ValueError(f"segments must be given when cp ({self.cp.size}) is above 1")
+            segments = SegmentTable.contiguous(xBC.shape[1], 1, batch=xBC.shape[0])
+        x, B, C = self._split(self.conv1d(xBC, segments))
+        y = ssd_over_segments(
+            x, dt, self._A(), B, C, self.config.chunk_size, segments, self.cp,
+            scan=self.state_scan, **self._scan_options(),
+        )  # fmt: skip
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def new_cache(self, batch: int) -> Mamba2Cache:
+        """The memory before the first token."""
+        share, config = self.share, self.config
+        like = self.A_log.new_zeros
+        ssm_dtype = torch.promote_types(self.A_log.dtype, torch.float32)
+        return Mamba2Cache(
+            like(batch, config.d_conv - 1, share.conv1d.length),
+            like(batch, share.nheads_local, config.headdim, config.d_state, dtype=ssm_dtype),
+        )
+
+    def step(self, u: Tensor, cache: Mamba2Cache) -> Tensor:
+        """One token, (batch, 1, d_model) -> the same, after those in `cache`, which is brought up to date."""
+        z, xBC, dt = self._project(u)
+        xBC, cache.conv = self.conv1d.step(xBC, cache.conv)
+        x, B, C = self._split(xBC)
+        y, cache.ssm = mamba_chunk_scan_combined(
+            x, dt, self._A(), B, C, 1, initial_states=cache.ssm, return_final_states=True, **self._scan_options()
+        )
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def matrix(self, u: Tensor) -> Tensor:
+        """The dense token-mixing matrix of every head, (batch, nheads/tp, t, s), for short whole sequences."""
+        if self.cp.size > 1:
+            raise ValueError(f"matrix needs whole sequences, cp must be 1, got {self.cp.size}")
+        _, xBC, dt = self._project(u)
+        _, B, C = self._split(self.conv1d(xBC, SegmentTable.contiguous(xBC.shape[1], 1, batch=xBC.shape[0])))
+        return ssd_matrix(discretize(dt, self.dt_bias, True, self.config.dt_limit), self._A(), B, C)
+
+    def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        share = self.share
+        return self.in_proj(u).split([share.d_inner_local, share.conv1d.length, share.nheads_local], dim=-1)
+
+    def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, B, C = xBC.split([part.length for part in self.share.conv1d.parts], dim=-1)
+        return (
+            x.unflatten(-1, (self.share.nheads_local, -1)),
+            B.unflatten(-1, (self.share.ngroups_local, -1)),
+            C.unflatten(-1, (self.share.ngroups_local, -1)),
+        )
+
+    def _A(self) -> Tensor:
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
+    def _scan_options(self) -> dict:
+        D = self.D.view(self.share.nheads_local, -1) if self.config.D_has_hdim else self.D
+        return {"D": D, "dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": self.config.dt_limit}

@@ -1,0 +1,59 @@
+"""The perceptron between mixers."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamba2_dist.config import MLPConfig
+from mamba2_dist.parallel.groups import ParallelGroups
+from mamba2_dist.parallel.partition import Partition, split
+from mamba2_dist.parallel.segments import SegmentTable
+
+from . import init
+from .base import PartitionedModule
+from .linear import ColumnParallelLinear, RowParallelLinear
+
+
+class MLP(PartitionedModule):
+    """fc2(act(fc1 u)), or fc2(silu(gate) up) with gate|up = fc1 u. Raises ValueError when tp does not divide d_ff."""
+
+    def __init__(
+        self,
+        config: MLPConfig,
+        d_model: int,
+        groups: ParallelGroups,
+        *,
+        sequence_parallel: bool = False,
+        residual_layers: int = 1,
+        **factory,
+    ):
+        super().__init__()
+        self.activation, tp, d_ff = config.activation, groups.tp, config.width(d_model)
+        inner = split("", d_ff, tp.size, tp.rank)
+        names = ("gate", "up") if self.activation == "swiglu" else ("",)
+        self.fc1 = ColumnParallelLinear(
+            d_model, Partition(tuple(split(name, d_ff, tp.size, tp.rank) for name in names)), tp, init.projection(d_model),
+            shared_by=groups.tp_part(1), sequence_parallel=sequence_parallel, **factory,
+        )  # fmt: skip
+        self.fc2 = RowParallelLinear(
+            d_model, Partition((inner,), dim=1), tp, init.projection(d_ff, residual_layers),
+            sequence_parallel=sequence_parallel, **factory,
+        )  # fmt: skip
+
+    def forward(self, u: Tensor, segments: SegmentTable | None = None) -> Tensor:
+        """(batch, seqlen/cp, d_model) -> the same; with sequence_parallel (batch, seqlen/cp/tp, d_model)."""
+        inner = self.fc1(u)
+        if self.activation == "swiglu":
+            gate, up = inner.chunk(2, dim=-1)
+            inner = F.silu(gate) * up
+        elif self.activation == "relu2":
+            inner = F.relu(inner).square()
+        else:
+            inner = F.gelu(inner)
+        return self.fc2(inner)
+
+    def new_cache(self, batch: int) -> None:
+        """A perceptron remembers nothing."""
+
+    def step(self, u: Tensor, cache: None) -> Tensor:
+        """One token, (batch, 1, d_model) -> the same."""
+        return self.forward(u)

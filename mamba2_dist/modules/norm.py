@@ -1,0 +1,48 @@
+"""RMS norms with their weights."""
+
+from torch import Tensor
+
+from mamba2_dist.kernels.norm import gated_rmsnorm
+from mamba2_dist.parallel.collectives import replicate
+from mamba2_dist.parallel.groups import Group
+from mamba2_dist.parallel.norm import gated_rmsnorm_over_ranks
+from mamba2_dist.parallel.partition import Partition, replicated
+
+from . import init
+from .base import PartitionedModule
+
+
+class RMSNorm(PartitionedModule):
+    """x / sqrt(mean(x^2) + eps) * weight; under sequence parallelism every tp rank norms its own tokens."""
+
+    def __init__(self, width: int, eps: float, tp: Group, *, sequence_parallel: bool = False, **factory):
+        super().__init__()
+        self.eps, self.tp, self.sequence_parallel = eps, tp, sequence_parallel
+        self.add_parameter("weight", replicated(width, tp.size), init.ones, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., width)."""
+        weight = replicate(self.weight, self.tp) if self.sequence_parallel else self.weight
+        return gated_rmsnorm(x, weight, eps=self.eps)
+
+
+class GatedRMSNorm(PartitionedModule):
+    """The gated norm of Mamba-2: one norm per group of channels, which may span ranks.
+
+    group_size: channels of a whole group; group: the ranks that share one.
+    """
+
+    def __init__(
+        self, partition: Partition, group: Group, *, eps: float, group_size: int, norm_before_gate: bool, **factory
+    ):
+        super().__init__()
+        self.group, self.eps = group, eps
+        self.group_size, self.norm_before_gate = group_size, norm_before_gate
+        self.add_parameter("weight", partition, init.ones, **factory)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """x, z: (batch, seqlen/cp, d_inner/tp) -> the same."""
+        return gated_rmsnorm_over_ranks(
+            x, self.weight, z, self.group,
+            eps=self.eps, group_size=self.group_size, norm_before_gate=self.norm_before_gate,
+        )  # fmt: skip

@@ -1,0 +1,92 @@
+"""Process groups of a run, made once from a device mesh and passed as arguments."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from mamba2_dist.kernels.common.checks import check_positive
+
+
+AXES = ("tp", "cp", "pp", "dp")
+
+
+@dataclass(frozen=True)
+class Group:
+    """One communicator as this rank sees it; a group of one needs no process group."""
+
+    name: str
+    ranks: tuple[int, ...] = (0,)  # global ranks, in the order of the group
+    rank: int = 0  # this process's place among them
+    handle: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @classmethod
+    def of(cls, name: str, handle: dist.ProcessGroup) -> "Group":
+        return cls(name, tuple(dist.get_process_group_ranks(handle)), dist.get_rank(handle), handle)
+
+
+class ParallelGroups:
+    """Tensor (tp), context (cp), pipeline (pp) and data (dp) parallel groups; tp innermost, then cp, dp, pp.
+
+    Ranks stand in the mesh (pp, dp, cp, tp) in row-major order, so that a tp group and then a cp group share a node.
+    `data` joins dp and cp: parameters are the same on all of it and gradients are summed over it.
+
+    tp, cp, pp: sizes; dp: size, or None for whatever the world leaves.
+    device_type: "cpu" or "cuda"; None: "cuda" where there is one.
+    Without `torch.distributed` every size must be 1. Raises ValueError for sizes that do not fill the world.
+    """
+
+    def __init__(
+        self, tp: int = 1, cp: int = 1, pp: int = 1, dp: int | None = None, *, device_type: str | None = None
+    ):
+        for name, size in (("tp", tp), ("cp", cp), ("pp", pp), ("dp", 1 if dp is None else dp)):
+            check_positive(name, size)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if dp is None:
+            dp = max(world // (tp * cp * pp), 1)
+        if tp * cp * pp * dp != world:
+            raise ValueError(
+                f"tp * cp * pp * dp must equal the number of processes ({world}), got {tp} * {cp} * {pp} * {dp} = "
+                f"{tp * cp * pp * dp}; start {tp * cp * pp * dp} processes or change a size"
+            )
+        self._set_alone()
+        if not dist.is_initialized():
+            return
+        device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.mesh = init_device_mesh(device_type, (pp, dp, cp, tp), mesh_dim_names=("pp", "dp", "cp", "tp"))
+        self.tp, self.cp, self.pp, self.dp = (Group.of(name, self.mesh.get_group(name)) for name in AXES)
+        joined = init_device_mesh(device_type, (pp, dp * cp, tp), mesh_dim_names=("pp", "data", "tp"))
+        self.data_mesh = joined["data"]
+        self.data = Group.of("data", joined.get_group("data"))
+
+    @classmethod
+    def alone(cls) -> "ParallelGroups":
+        """Groups of one rank, also inside a larger world: a whole model on one process."""
+        groups = cls.__new__(cls)
+        groups._set_alone()
+        return groups
+
+    def _set_alone(self) -> None:
+        self.tp, self.cp, self.pp, self.dp, self.data = (Group(name) for name in (*AXES, "data"))
+        self.mesh: DeviceMesh | None = None
+        self.data_mesh: DeviceMesh | None = None
+        self._tp_parts: dict[int, Group] = {}
+
+    def tp_part(self, size: int) -> Group:
+        """The `size` neighbouring tp ranks that this rank stands among, as a group of their own.
+
+        The first call for a size makes communicators: every rank of the world must make the same calls.
+        """
+        if size == self.tp.size:
+            return self.tp
+        if size == 1:
+            return Group("tp part", (self.tp.ranks[self.tp.rank],))
+        if size not in self._tp_parts:
+            handle, _ = dist.new_subgroups(size)
+            self._tp_parts[size] = Group.of("tp part", handle)
+        return self._tp_parts[size]

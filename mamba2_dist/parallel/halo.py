@@ -1,0 +1,74 @@
+"""The inputs just before a segment that its convolution needs, fetched from whoever holds them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .collectives import all_to_all
+from .groups import Group
+from .segments import SegmentTable
+
+
+@dataclass(frozen=True)
+class HaloPlan:
+    """Which of this rank's tokens go to which rank, and where the received ones belong; worked out on the host."""
+
+    sent: tuple[int, ...]  # rows to each rank
+    received: tuple[int, ...]  # rows from each rank
+    source: Tensor  # (sum of sent,) local token of each row sent
+    target: Tensor  # (sum of received,) piece * (width - 1) + place of each row received
+    needed: bool  # whether any rank of the group fetches anything
+
+
+def conv_halo(x: Tensor, width: int, table: SegmentTable, group: Group) -> Tensor:
+    """(pieces, width - 1, channels): what precedes each piece in its document, zeros where nothing does.
+
+    x: (batch, seqlen/cp, channels), the convolution's input. One all-to-all over `group` of exactly the rows needed,
+    from as many segments back as it takes; its adjoint adds the gradients to the rows they came from.
+    """
+    before = width - 1
+    local = table.local(group.rank)
+    plan = _plan(table, group.rank, before, x.device)
+    halo = x.new_zeros(len(local.documents) * before, x.shape[-1])
+    if plan.needed:
+        rows = x.flatten(0, 1).index_select(0, plan.source)
+        rows = all_to_all(rows, group, plan.sent, plan.received)
+        halo = halo.index_copy(0, plan.target, rows)
+    return halo.unflatten(0, (-1, before))
+
+
+def _plan(table: SegmentTable, rank: int, before: int, device: torch.device) -> HaloPlan:
+    cache = table.local(rank)._cache
+    key = ("halo", before, device)
+    if key not in cache:
+        cache[key] = _make_plan(table, rank, before, device)
+    return cache[key]
+
+
+def _make_plan(table: SegmentTable, rank: int, before: int, device: torch.device) -> HaloPlan:
+    holder, place = table.owner
+    sent: list[list[int]] = [[] for _ in range(table.ranks)]
+    received: list[list[int]] = [[] for _ in range(table.ranks)]
+    needed = False
+    for receiver in range(table.ranks):
+        local = table.local(receiver)
+        for slot, segment in enumerate(local.segments):
+            if segment.start == segment.end:
+                continue
+            for row in range(table.batch):
+                if not local.continues[slot, row]:
+                    continue
+                needed = True
+                start = max(segment.start - before, table.document_starts[row, segment.start])
+                for token in range(start, segment.start):
+                    sender = int(holder[token])
+                    if sender == rank:
+                        sent[receiver].append(row * table.local(rank).length + int(place[token]))
+                    if receiver == rank:
+                        target = int(local.first[slot, row]) * before + token - segment.start + before
+                        received[sender].append(target)
+    flat = lambda lists: torch.tensor([i for part in lists for i in part], dtype=torch.long).to(device)  # noqa: E731
+    return HaloPlan(
+        tuple(map(len, sent)), tuple(map(len, received)), flat(sent), flat(received), needed and before > 0
+    )

@@ -1,0 +1,172 @@
+"""How a sequence is cut: causal segments, who holds them, and where documents begin. All of it lives on the host."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mamba2_dist.kernels.common.checks import check_positive
+from mamba2_dist.kernels.common.documents import Documents
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens [start, end) of every row, held by `rank` as its `slot`-th segment."""
+
+    start: int
+    end: int
+    rank: int
+    slot: int
+
+
+class SegmentTable:
+    """The cut of a batch of sequences over the ranks of a context-parallel group, made once a batch.
+
+    segments: in causal order, covering [0, seqlen) without gap; a segment may be empty.
+    documents: for each row of the batch the ascending offsets of its documents, [0, ..., seqlen]; empty ones are
+        allowed. None: each of `batch` rows is one document.
+    Raises ValueError for segments or documents that do not cover the sequence.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        *,
+        ranks: int,
+        batch: int = 1,
+        documents: Sequence[Sequence[int]] | None = None,
+    ):
+        check_positive("ranks", ranks)
+        self.segments = tuple(segments)
+        self.ranks = ranks
+        end = 0
+        for segment in self.segments:
+            if segment.start != end or segment.end < segment.start:
+                raise ValueError(f"segments must follow each other without gap; {segment} does not follow token {end}")
+            if not 0 <= segment.rank < ranks:
+                raise ValueError(f"segment rank ({segment.rank}) must lie in [0, {ranks})")
+            end = segment.end
+        for rank in range(ranks):
+            slots = sorted(segment.slot for segment in self.segments if segment.rank == rank)
+            if slots != list(range(len(slots))):
+                raise ValueError(f"rank {rank}'s slots must count from 0 without gap, got {slots}")
+        self.seqlen = end
+        self.documents = tuple(tuple(row) for row in (documents or [(0, self.seqlen)] * batch))
+        self.batch = len(self.documents)
+        for row, offsets in enumerate(self.documents):
+            if Documents(offsets).tokens != self.seqlen:
+                raise ValueError(f"documents of row {row} must end at seqlen ({self.seqlen}), got {offsets[-1]}")
+        self._local: dict[int, LocalSegments] = {}
+
+    @classmethod
+    def uneven(cls, lengths: Sequence[int], **options) -> "SegmentTable":
+        """Rank r holds the r-th of consecutive runs of the given lengths; options: `batch` or `documents`."""
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).tolist()
+        segments = [Segment(offsets[rank], offsets[rank + 1], rank, 0) for rank in range(len(lengths))]
+        return cls(segments, ranks=len(lengths), **options)
+
+    @classmethod
+    def contiguous(cls, seqlen: int, ranks: int, **options) -> "SegmentTable":
+        """Rank r holds the r-th of `ranks` consecutive runs, as even as can be; options: `batch` or `documents`."""
+        check_positive("ranks", ranks)
+        return cls.uneven(_even(seqlen, ranks), **options)
+
+    @classmethod
+    def zigzag(cls, seqlen: int, ranks: int, **options) -> "SegmentTable":
+        """Of 2 * `ranks` consecutive runs rank r holds the r-th and the r-th from the end, which balances causal
+        attention; options: `batch` or `documents`."""
+        check_positive("ranks", ranks)
+        lengths = _even(seqlen, 2 * ranks)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).tolist()
+        owners = [*((rank, 0) for rank in range(ranks)), *((rank, 1) for rank in reversed(range(ranks)))]
+        segments = [Segment(offsets[i], offsets[i + 1], rank, slot) for i, (rank, slot) in enumerate(owners)]
+        return cls(segments, ranks=ranks, **options)
+
+    @cached_property
+    def chain(self) -> tuple[tuple[int, int], ...]:
+        """(rank, slot) of every segment in causal order."""
+        return tuple((segment.rank, segment.slot) for segment in self.segments)
+
+    @cached_property
+    def slots(self) -> int:
+        """The most segments a rank holds."""
+        return max(segment.slot for segment in self.segments) + 1
+
+    def local(self, rank: int) -> "LocalSegments":
+        """What `rank` holds; kept for the next layer."""
+        if rank not in self._local:
+            self._local[rank] = LocalSegments(self, rank)
+        return self._local[rank]
+
+    def shard(self, tensor: Tensor, rank: int, dim: int = 1) -> Tensor:
+        """`rank`'s tokens of a whole (batch, seqlen, ...) tensor, its segments in slot order."""
+        if tensor.shape[dim] != self.seqlen:
+            raise ValueError(f"axis {dim} must hold the whole sequence ({self.seqlen}), got {tensor.shape[dim]}")
+        return torch.cat([tensor.narrow(dim, s.start, s.end - s.start) for s in self.local(rank).segments], dim)
+
+    @cached_property
+    def owner(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each token of a row: the rank that holds it, and its place among that rank's tokens of the row."""
+        rank, place = np.empty(self.seqlen, np.int64), np.empty(self.seqlen, np.int64)
+        for holder in range(self.ranks):
+            positions = self.local(holder).positions
+            rank[positions], place[positions] = holder, np.arange(len(positions))
+        return rank, place
+
+    @cached_property
+    def document_starts(self) -> np.ndarray:
+        """(batch, seqlen): the first token of the document each token belongs to."""
+        starts = np.zeros((self.batch, self.seqlen), np.int64)
+        for row, offsets in enumerate(self.documents):
+            starts[row, [offset for offset in offsets if offset < self.seqlen]] = [o for o in offsets if o < self.seqlen]
+        return np.maximum.accumulate(starts, axis=1)
+
+
+class LocalSegments:
+    """One rank's tokens: (batch, length), rows of segments in slot order, cut into pieces of documents.
+
+    A piece is the part of one document inside one segment of one row. `documents` describes the pieces packed end to
+    end, in the order (row, slot, document).
+    """
+
+    def __init__(self, table: SegmentTable, rank: int):
+        if not 0 <= rank < table.ranks:
+            raise ValueError(f"rank ({rank}) must lie in [0, {table.ranks}), the ranks of the segment table")
+        self.table, self.rank = table, rank
+        self.segments = tuple(sorted((s for s in table.segments if s.rank == rank), key=lambda s: s.slot))
+        self.length = sum(s.end - s.start for s in self.segments)
+        offsets = [0]
+        first, last, continues = (np.zeros((len(self.segments), table.batch), np.int64) for _ in range(3))
+        for row, documents in enumerate(table.documents):
+            starts = np.unique(documents)
+            for slot, segment in enumerate(self.segments):
+                cuts = starts[(starts > segment.start) & (starts < segment.end)].tolist()
+                first[slot, row] = len(offsets) - 1
+                for start, end in zip([segment.start, *cuts], [*cuts, segment.end], strict=True):
+                    offsets.append(offsets[-1] + end - start)
+                last[slot, row] = len(offsets) - 2
+                # an empty segment passes on what enters it
+                continues[slot, row] = segment.start == segment.end or segment.start not in starts
+        self.documents = Documents(offsets)
+        self.first, self.last = first, last
+        self.continues, self.passes = continues.astype(bool), continues.astype(bool) & (first == last)
+        self._cache: dict[tuple, Tensor] = {}
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """(length,) the place in the whole row of each local token."""
+        return np.concatenate([np.arange(s.start, s.end) for s in self.segments] or [np.empty(0, np.int64)])
+
+    def tensor(self, name: str, device: torch.device) -> Tensor:
+        """One of `first`, `last`, `continues`, `passes` or `positions` on `device`; kept for the next layer."""
+        key = (name, device)
+        if key not in self._cache:
+            self._cache[key] = torch.as_tensor(getattr(self, name)).to(device)
+        return self._cache[key]
+
+
+def _even(length: int, parts: int) -> list[int]:
+    return [length // parts + (part < length % parts) for part in range(parts)]

@@ -1,0 +1,89 @@
+"""Ranks for tests: started once for each world size and used by every test, since a start costs seconds."""
+
+import atexit
+import importlib
+import os
+import tempfile
+import traceback
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT_S = 240
+
+
+def _serve(rank: int, world_size: int, store: str, pipe) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    while True:
+        task = pipe.recv()
+        if task is None:
+            break
+        module, name, args = task
+        try:
+            torch.manual_seed(0)
+            pipe.send((True, getattr(importlib.import_module(module), name)(*args)))
+        except BaseException:  # the traceback is the answer
+            pipe.send((False, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class _Ranks:
+    def __init__(self, world_size: int):
+        context = mp.get_context("spawn")
+        self.folder = tempfile.TemporaryDirectory()
+        self.pipes, self.processes = [], []
+        for rank in range(world_size):
+            here, there = context.Pipe()
+            args = (rank, world_size, f"{self.folder.name}/store", there)
+            process = context.Process(target=_serve, args=args, daemon=True)
+            process.start()
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def run(self, task) -> list:
+        for pipe in self.pipes:
+            pipe.send(task)
+        results, failure = [], None
+        for rank, pipe in enumerate(self.pipes):
+            # once a rank has failed, the others may be waiting for it
+            if not pipe.poll(TIMEOUT_S if failure is None else 5):
+                failure = failure or f"rank {rank} did not answer within {TIMEOUT_S} s"
+                continue
+            good, result = pipe.recv()
+            if not good:
+                failure = f"rank {rank}:\n{result}"
+            results.append(result)
+        if failure is not None:
+            raise AssertionError(failure)
+        return results
+
+    def stop(self, gently: bool) -> None:
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            if gently:
+                pipe.send(None)
+                process.join(5)
+            process.kill()
+        self.folder.cleanup()
+
+
+_running: dict[int, _Ranks] = {}
+
+
+def run_ranks(world_size: int, function, *args) -> list:
+    """`function(*args)` on every rank of a gloo world; the ranks' results. A rank's failure fails the caller."""
+    if world_size not in _running:
+        _running[world_size] = _Ranks(world_size)
+    try:
+        return _running[world_size].run((function.__module__, function.__qualname__, args))
+    except AssertionError:
+        _running.pop(world_size).stop(gently=False)
+        raise
+
+
+@atexit.register
+def _stop_all() -> None:
+    for ranks in _running.values():
+        ranks.stop(gently=True)
