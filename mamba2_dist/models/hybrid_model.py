@@ -9,8 +9,15 @@ from mamba2_dist.modules.block import hybrid_layers
 from mamba2_dist.modules.embedding import VocabParallelEmbedding, VocabParallelHead, vocab_parallel_logits
 from mamba2_dist.modules.norm import RMSNorm
 from mamba2_dist.parallel.cross_entropy import vocab_parallel_cross_entropy
-from mamba2_dist.parallel.groups import ParallelGroups
+from mamba2_dist.parallel.groups import Group, ParallelGroups
 from mamba2_dist.parallel.segments import SegmentTable
+
+
+def check_split(config: HybridConfig, tp: int) -> None:
+    """Raise ValueError unless `tp` ranks can share the model."""
+    groups = ParallelGroups.alone()
+    groups.tp = Group("tp", tuple(range(tp)))
+    HybridModel(config, groups, ParallelConfig(tp=tp), device="meta")
 
 
 class Backbone(nn.Module):

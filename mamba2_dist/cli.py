@@ -1,0 +1,159 @@
+"""The command `mamba2-dist`: every mistake of a user ends in one line that says what to do."""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import NoReturn
+
+USAGE = """usage: mamba2-dist COMMAND ...
+
+  train CONFIG.yaml [key=value ...]   train a model, or go on where the run stopped; `train --help` lists the keys
+  sample RUN [key=value ...]          print text from a run's newest checkpoint
+  doctor                              versions, devices, and a check that split models equal whole ones here
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; exits with 2 after a user's mistake."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"train": _train, "sample": _sample, "doctor": _doctor}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    if arguments[0] not in commands:
+        _fail(f"unknown command {arguments[0]!r}; commands are {', '.join(commands)}")
+    try:
+        commands[arguments[0]](arguments[1:])
+    except ValueError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command to go on")
+
+
+def _train(arguments: list[str]) -> None:
+    from mamba2_dist.train.config import TrainConfig
+
+    config = parse(TrainConfig, "train", arguments, with_file=True)
+    if "RANK" not in os.environ and config.parallel.processes > 1:
+        from mamba2_dist.launch import launch
+
+        # what can be refused is refused here, once, before any process starts
+        from mamba2_dist.train.trainer import check
+
+        check(config)
+        raise SystemExit(launch(config.parallel.processes, ["-m", "mamba2_dist", "train", *arguments]))
+    from mamba2_dist.train.trainer import train
+
+    folder = train(config)
+    if int(os.environ.get("RANK", 0)) == 0 and config.sample_tokens > 0:
+        from mamba2_dist.train.sample import SampleConfig, sample
+
+        print(sample(SampleConfig(run=str(folder), prompt=config.prompt, tokens=config.sample_tokens)))
+
+
+def _sample(arguments: list[str]) -> None:
+    from mamba2_dist.train.sample import SampleConfig, sample
+
+    if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
+        arguments = [f"run={arguments[0]}", *arguments[1:]]
+    print(sample(parse(SampleConfig, "sample", arguments)))
+
+
+def _doctor(arguments: list[str]) -> None:
+    from mamba2_dist.doctor import doctor
+
+    if arguments:
+        _fail(f"doctor takes no arguments, got {' '.join(arguments)}")
+    raise SystemExit(0 if doctor() else 1)
+
+
+def parse(kind: type, command: str, arguments: Sequence[str], *, with_file: bool = False):
+    """A configuration from `[FILE.yaml] key=value ...`. Raises ValueError for keys and values that do not fit."""
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    file = "CONFIG.yaml " if with_file else ""
+    parser = ArgumentParser(
+        prog=f"mamba2-dist {command}",
+        usage=f"mamba2-dist {command} {file}[key=value ...]",
+        exit_on_error=False,
+        description=kind.__doc__,
+    )
+    if with_file:
+        parser.add_argument("--config", action="config", help="a YAML file with any of the keys below")
+    parser.add_class_arguments(kind, as_group=False)
+    given = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if argument in ("-h", "--help"):
+            given.append("--help")
+        elif equals and re.fullmatch(r"[A-Za-z_][\w.]*", key):
+            _check_key(kind, key)
+            given.append(f"--{argument}")
+        elif with_file and not argument.startswith("-"):
+            if not os.path.isfile(argument):
+                raise ValueError(f"configuration {argument} does not exist; give a YAML file, then key=value")
+            _check_yaml(kind, argument)
+            given += ["--config", argument]
+        else:
+            raise ValueError(f"argument {argument!r} is not understood; options are written key=value")
+    try:
+        options = parser.instantiate(parser.parse_args(given)).as_dict()
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(_plain(error)) from None
+    options.pop("config", None)
+    return kind(**options)
+
+
+def _plain(error: BaseException) -> str:
+    """The parser's message in one line."""
+    text = " ".join(str(error).split())
+    return re.sub(r"^Parser key \"([\w.]+)\":", r"\1:", text)
+
+
+def _check_yaml(kind: type, file: str) -> None:
+    """Raise ValueError for a file that is not YAML, not a mapping, or has unknown keys."""
+    import yaml
+
+    try:
+        with open(file) as stream:
+            content = yaml.safe_load(stream)
+    except yaml.YAMLError as error:
+        raise ValueError(f"configuration {file} is not YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"configuration {file} is not a text file") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"configuration {file} must hold 'key: value' lines, got {type(content).__name__}")
+
+    def walk(keys: dict, prefix: str) -> None:
+        for key, value in keys.items():
+            _check_key(kind, f"{prefix}{key}")
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+
+    walk(content, "")
+
+
+def _check_key(kind: type, key: str) -> None:
+    """Raise ValueError with the nearest known key unless `key` is one."""
+    known = list(_keys(kind))
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.endswith(f".{key}")]
+        remedy = f"did you mean {near[0]}?" if near else "see --help for the keys"
+        raise ValueError(f"unknown key {key!r}; {remedy}")
+
+
+def _keys(kind: type, prefix: str = ""):
+    for item in fields(kind):
+        yield prefix + item.name
+        if is_dataclass(item.type):
+            yield from _keys(item.type, f"{prefix}{item.name}.")
+
+
+def _fail(message: str) -> NoReturn:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"mamba2-dist: error: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,263 @@
+"""A training run from a configuration: made, resumed, finished."""
+
+import gzip
+import json
+import math
+import os
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from mamba2_dist.models.hybrid_model import HybridModel, check_split
+from mamba2_dist.parallel.collectives import sum_over
+from mamba2_dist.parallel.groups import ParallelGroups
+from mamba2_dist.parallel.segments import SegmentTable
+
+from . import data
+from .checkpoint import Checkpoints, Progress, check_identity
+from .config import TrainConfig
+from .metrics import attention_flops, flops_per_token, peak_flops
+from .optimizer import clip_gradients, gradient_norm, learning_rate, make_optimizer
+from .report import Report
+from .runtime import exclusive, process_group
+
+
+def train(config: TrainConfig) -> Path:
+    """Train until `config.steps`, from the newest checkpoint if there is one; gives the run's folder.
+
+    Every process of the run calls it. Raises ValueError for what the user can mend.
+    """
+    folder = Path(config.out)
+    with process_group(config.device) as device, exclusive(folder) if dist.get_rank() == 0 else nullcontext():
+        Trainer(config, folder, device).run()
+    return folder
+
+
+def check(config: TrainConfig) -> None:
+    """Raise ValueError for what can be refused before any process starts: the split, the data, the checkpoint.
+
+    Prepares the data on the way, so that the processes find it ready.
+    """
+    parallel, model = config.parallel, config.architecture
+    config.share(parallel.dp or 1)
+    if config.device != "cpu" and torch.cuda.is_available() and torch.cuda.device_count() < parallel.processes:
+        raise ValueError(
+            f"tp * cp * dp ({parallel.processes}) must not be above the number of GPUs ({torch.cuda.device_count()}); "
+            "lower one, use device=cpu, or start it with torchrun over several machines"
+        )
+    check_split(model, parallel.tp)
+    folder = data.prepare(config.data, model.vocab_size)
+    identity = _identity(config, data.load(folder, config.data.seqlen))
+    checkpoints = Checkpoints(Path(config.out) / "checkpoints", config.keep)
+    if checkpoints.steps():
+        check_identity(checkpoints.path(checkpoints.steps()[-1]), identity)
+
+
+def _identity(config: TrainConfig, corpus: data.Corpus) -> dict:
+    """What a checkpoint must share with a run: the model, and what the order of the data depends on."""
+    return {
+        "model": asdict(config.architecture),
+        "data": {"tokens": corpus.digest, "seqlen": config.data.seqlen, "seed": config.seed},
+    }
+
+
+class Trainer:
+    """The parts of a run on this process."""
+
+    def __init__(self, config: TrainConfig, folder: Path, device: torch.device):
+        parallel = config.parallel
+        self.groups = ParallelGroups(parallel.tp, parallel.cp, 1, parallel.dp, device_type=device.type)
+        self.config, self.folder, self.device = config.on(self.groups.dp.size), folder, device
+        self.first = dist.get_rank() == 0
+        self.share, self.micro = self.config.share(self.groups.dp.size)
+        self.corpus_folder = self._prepare_data()
+        self.corpus = data.load(self.corpus_folder, config.data.seqlen)
+        model = HybridModel(config.architecture, self.groups, parallel, seed=config.seed, device=device)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.model = self._wrap(model)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.keep)
+        self.identity = _identity(config, self.corpus)
+        self.progress = self.checkpoints.load(self.model, self.optimizer, self.identity)
+        self.report = Report(config, folder, speaks=self.first)
+
+    def run(self) -> None:
+        """Update until the last step, with validations and checkpoints on the way."""
+        config, report = self.config, self.report
+        if self.progress.step >= config.steps:
+            report.already_finished(self.checkpoints.path(self.progress.step))
+            return
+        if self.first:
+            self._describe_run()
+        validation = self._validation_batches()
+        gzip_bits = self._gzip_bits() if self.first else 0.0
+        report.begin(self._facts(), self.progress)
+        if self.progress.step == 0:
+            row = {"step": 0, **self._validate(validation)}
+            report.updated(row)
+            report.validated(row, gzip_bits)
+        while self.progress.step < config.steps:
+            row = self._update()
+            step, done = self.progress.step, self.progress.step == config.steps
+            if step % config.validate_every == 0 or done:
+                row |= self._validate(validation)
+            report.updated(row)
+            if "validation" in row:
+                report.validated(row, gzip_bits)
+            if step % config.save_every == 0 or done:
+                self.checkpoints.save(self.model, self.optimizer, self.progress, self.identity)
+        report.end(self.checkpoints.path(self.progress.step))
+
+    def _describe_run(self) -> None:
+        """Keep beside the checkpoints what `sample` needs."""
+        contents = {
+            "tokenizer.json": (self.corpus_folder / "tokenizer.json").read_text(),
+            "config.json": json.dumps(asdict(self.config), indent=1),
+        }
+        for name, content in contents.items():
+            partial = self.folder / f"{name}.partial"
+            partial.write_text(content)
+            os.replace(partial, self.folder / name)
+
+    def _facts(self) -> list[str]:
+        parallel, train = self.config.parallel, self.corpus.train
+        return [
+            f"model {self.config.architecture.pattern}, {self.parameters / 1e6:.2f}M parameters on this rank",
+            f"split tp {parallel.tp} cp {parallel.cp} ({parallel.layout}) dp {parallel.dp} on {self.device.type}, "
+            f"{self.config.precision}",
+            f"data {self.config.data.source}: {len(train.tokens):,} tokens in {len(train.ends):,} documents, "
+            f"{train.windows:,} windows of {train.seqlen}",
+        ]
+
+    def _prepare_data(self) -> Path:
+        """The folder of tokens, written by the first process and read by all."""
+        vocab_size = self.config.architecture.vocab_size
+        if self.first:
+            data.prepare(self.config.data, vocab_size)
+        dist.barrier()
+        return data.prepare(self.config.data, vocab_size)
+
+    def _wrap(self, model: HybridModel) -> nn.Module:
+        """Share parameters and gradients over the data group."""
+        self.sharded = False
+        if self.groups.data.size == 1:
+            return model
+        if self.config.parallel.sharding == "ddp":
+            return DistributedDataParallel(model, process_group=self.groups.data.handle)
+        self.sharded = True
+        for layer in model.backbone.layers:
+            fully_shard(layer, mesh=self.groups.data_mesh)
+        return fully_shard(model, mesh=self.groups.data_mesh)
+
+    def _update(self) -> dict:
+        """One optimizer step on the next global batch; the numbers of the step."""
+        started, config = time.perf_counter(), self.config
+        step = self.progress.step
+        windows = self._training_windows()
+        counted = torch.tensor([sum(int((window.labels >= 0).sum()) for window in windows)], device=self.device)
+        counted = sum_over(counted, self.groups.dp)
+        total = torch.zeros(1, dtype=torch.float64, device=self.device)
+        documents = []
+        for begin in range(0, self.share, self.micro):
+            last = begin + self.micro == self.share
+            batch = self._local(windows[begin : begin + self.micro])
+            documents += batch[2].documents
+            with self._gradient_sync(last):
+                losses = self._losses(*batch)
+                # the data group averages gradients where their sum is meant
+                (losses.sum() * (self.groups.data.size / counted[0])).backward()
+            total += losses.detach().sum()
+        norm = gradient_norm(self.model, self.groups, sharded=self.sharded)
+        clip_gradients(self.model, norm, config.optimizer.clip)
+        lr = learning_rate(step, config.steps, config.optimizer.lr, config.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = (sum_over(total, self.groups.data) / counted).item()
+        self.progress = Progress(step + 1, self.progress.samples + config.global_batch)
+        return {"step": step + 1, "loss": loss, "norm": norm.item(), "lr": lr, **self._speed(started, documents)}
+
+    def _training_windows(self) -> list[data.Window]:
+        """This dp rank's windows of the next global batch."""
+        first = self.progress.samples + self.groups.dp.rank * self.share
+        return [self.corpus.train.ordered(first + i, self.config.seed) for i in range(self.share)]
+
+    def _local(self, windows: list[data.Window]) -> tuple[Tensor, Tensor, SegmentTable]:
+        """This rank's tokens and labels of whole windows, and the table of their cut."""
+        tokens, labels, documents = data.stack(windows)
+        cut = getattr(SegmentTable, self.config.parallel.layout)
+        table = cut(tokens.shape[1], self.groups.cp.size, documents=documents)
+        mine = (table.shard(tensor, self.groups.cp.rank).to(self.device) for tensor in (tokens, labels))
+        return *mine, table
+
+    def _losses(self, tokens: Tensor, labels: Tensor, table: SegmentTable) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return self.model(tokens, labels, table)
+
+    @contextmanager
+    def _gradient_sync(self, now: bool):
+        """Sum gradients over the data group with the last micro-batch only."""
+        if isinstance(self.model, DistributedDataParallel):
+            with nullcontext() if now else self.model.no_sync():
+                yield
+            return
+        if self.sharded:
+            self.model.set_requires_gradient_sync(now)
+        yield
+
+    def _speed(self, started: float, documents: list) -> dict:
+        """Tokens per second of the whole run and, where the device's peak is known, the share of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        tokens = self.config.global_batch * self.config.data.seqlen
+        speed = {"tokens_per_s": tokens / seconds}
+        peak = peak_flops(self.device)
+        if peak is not None:
+            model = self.config.architecture
+            # this replica's documents stand for all; backward costs twice forward
+            share = attention_flops(model, documents) * self.groups.dp.size
+            work = 3 * (tokens * flops_per_token(model) + share)
+            speed["mfu"] = work / seconds / (peak * dist.get_world_size())
+        return speed
+
+    def _validation_batches(self) -> list[list[data.Window]]:
+        """This dp rank's validation windows, as many batches on every rank; missing ones count nothing."""
+        split, dp = self.corpus.validation, self.groups.dp
+        windows = [split.window(i) for i in range(min(self.config.validation_windows, split.windows))]
+        round_size = dp.size * self.micro
+        missing = -len(windows) % round_size
+        blank = data.Window(windows[0].tokens, windows[0].labels * 0 - 100, windows[0].documents)
+        windows += [blank] * missing
+        begins = range(dp.rank * self.micro, len(windows), round_size)
+        return [windows[begin : begin + self.micro] for begin in begins]
+
+    @torch.no_grad()
+    def _validate(self, batches: list[list[data.Window]]) -> dict:
+        """Nats per token and bits per byte over the validation windows."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for windows in batches:
+            losses = self._losses(*self._local(windows))
+            sums[0] += losses.sum()
+            if self.groups.cp.rank == 0:
+                for window in windows:
+                    labels = window.labels[window.labels >= 0]
+                    sums[1] += len(labels)
+                    sums[2] += int(self.corpus.token_bytes[labels].sum())
+        nats, tokens, size = sum_over(sums, self.groups.data).tolist()
+        return {"validation": nats / tokens, "bits_per_byte": nats / math.log(2) / size}
+
+    def _gzip_bits(self) -> float:
+        """Bits per byte that gzip needs for the text of the validation windows."""
+        split = self.corpus.validation
+        windows = [split.window(i) for i in range(min(self.config.validation_windows, split.windows))]
+        text = b"".join(self.corpus.text_bytes(window.labels[window.labels >= 0]) for window in windows)
+        return 8 * len(gzip.compress(text, 9)) / max(len(text), 1)

@@ -1,0 +1,27 @@
+"""Installs <repository>/kernels/* as mamba2_dist.kernels.*; on PyPI the name `kernels` belongs to another project."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+kernels = find_packages("kernels")
+
+train = ["tokenizers>=0.20", "jsonargparse[signatures]>=4.35", "tensorboard>=2.15", "matplotlib>=3.8", "tqdm>=4.66"]
+test = [*train, "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=4.46"]
+lint = ["ruff==0.15.2", "codespell>=2.3", "pyright>=1.1.390"]
+
+setup(
+    name="mamba2-dist",
+    version="0.1.0",
+    description="Tensor- and sequence-parallel Mamba-2 and hybrid language models",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    install_requires=["torch>=2.6", "numpy>=1.26"],
+    extras_require={"train": train, "test": test, "lint": lint},
+    entry_points={"console_scripts": ["mamba2-dist=mamba2_dist.cli:main"]},
+    packages=find_packages(include=["mamba2_dist", "mamba2_dist.*"])
+    + [f"mamba2_dist.kernels.{name}" for name in kernels],
+    package_dir={f"mamba2_dist.kernels.{name}": f"kernels/{name.replace('.', '/')}" for name in kernels},
+)
