@@ -157,9 +157,7 @@ class HybridConfig:
         _require("|" not in self.pattern, f"pattern {self.pattern!r}: '|' (pipeline cut) needs a pipeline engine")
         _require("E" not in self.pattern, f"pattern {self.pattern!r}: 'E' (mixture of experts) is not supported")
         wrong = sorted(set(self.pattern) - set("M*-"))
-        _require(
-            not wrong, f"pattern {self.pattern!r} has {', '.join(map(repr, wrong))}; layers are M (Mamba-2), *, -"
-        )
+        _require(not wrong, f"pattern {self.pattern!r} has {', '.join(map(repr, wrong))}; layers are M (Mamba-2), *, -")
         if "M" in self.pattern:
             self.mamba.d_inner(self.d_model)
         if "*" in self.pattern:

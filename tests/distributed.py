@@ -5,12 +5,13 @@ import importlib
 import os
 import tempfile
 import traceback
+from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT_S = 240
+TIMEOUT_S = 120
 
 
 def _serve(rank: int, world_size: int, store: str, pipe) -> None:
@@ -46,19 +47,23 @@ class _Ranks:
     def run(self, task) -> list:
         for pipe in self.pipes:
             pipe.send(task)
-        results, failure = [], None
-        for rank, pipe in enumerate(self.pipes):
-            # once a rank has failed, the others may be waiting for it
-            if not pipe.poll(TIMEOUT_S if failure is None else 5):
-                failure = failure or f"rank {rank} did not answer within {TIMEOUT_S} s"
-                continue
-            good, result = pipe.recv()
-            if not good:
-                failure = f"rank {rank}:\n{result}"
-            results.append(result)
-        if failure is not None:
-            raise AssertionError(failure)
-        return results
+        results: dict[int, object] = {}
+        failures: list[str] = []
+        waiting = dict(zip(self.pipes, range(len(self.pipes)), strict=True))
+        while waiting:
+            # once a rank has failed, the others may be waiting for it for ever
+            ready = wait(list(waiting), timeout=3 if failures else TIMEOUT_S)
+            if not ready:
+                failures.append(f"ranks {sorted(waiting.values())} did not answer")
+                break
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                good, results[rank] = pipe.recv()
+                if not good:
+                    failures.append(f"rank {rank}:\n{results[rank]}")
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return [results[rank] for rank in range(len(self.pipes))]
 
     def stop(self, gently: bool) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):

@@ -40,8 +40,8 @@ class Documents:
 
     def __init__(self, cu_seqlens: Sequence[int]):
         offsets = tuple(int(offset) for offset in cu_seqlens)
-        if len(offsets) < 2 or offsets[0] != 0:
-            raise ValueError(f"cu_seqlens must start at 0 and hold at least two offsets, got {list(offsets[:8])}")
+        if not offsets or offsets[0] != 0:
+            raise ValueError(f"cu_seqlens must start at 0, got {list(offsets[:8])}")
         if any(b < a for a, b in zip(offsets, offsets[1:], strict=False)):
             raise ValueError(f"cu_seqlens must not descend, got {list(offsets[:8])}{'...' if len(offsets) > 8 else ''}")
         self.offsets = offsets

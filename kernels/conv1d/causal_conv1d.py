@@ -43,7 +43,9 @@ def causal_conv1d(
         raise ValueError("seq_idx and cu_seqlens both describe documents; give one of them")
     if cu_seqlens is not None:
         if batch != 1:
-            raise ValueError(f"cu_seqlens packs documents in a batch of one, got batch {batch}; flatten the batch first")
+            raise ValueError(
+                f"cu_seqlens packs documents in a batch of one, got batch {batch}; flatten the batch first"
+            )
         documents = Documents.of(cu_seqlens, seqlen)
     elif seq_idx is not None:
         check_shape("seq_idx", seq_idx, (batch, seqlen), "(batch, seqlen)")

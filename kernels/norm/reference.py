@@ -19,8 +19,7 @@ def gated_rmsnorm_reference(
     gate = torch.ones_like(x) if z is None else F.silu(z)
     value = x if norm_before_gate else x * gate
     groups = [
-        group / torch.sqrt(group.square().mean(-1, keepdim=True) + eps)
-        for group in value.split(group_size, dim=-1)
+        group / torch.sqrt(group.square().mean(-1, keepdim=True) + eps) for group in value.split(group_size, dim=-1)
     ]
     y = torch.cat(groups, dim=-1) * weight
     return y * gate if norm_before_gate else y

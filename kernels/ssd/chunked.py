@@ -62,16 +62,16 @@ class ChunkedSpan:
         _, final = state_passing(self.states, self._chunk_decay(), nothing, self.layout)
         # a document's total decay is the same recurrence on the logarithms, with nothing to decay them
         total = self.cumulative[..., -1].flatten(1)
-        _, total = state_passing(total, torch.ones_like(total), total.new_zeros(self.documents, total.shape[1]), self.layout)
+        _, total = state_passing(
+            total, torch.ones_like(total), total.new_zeros(self.documents, total.shape[1]), self.layout
+        )
         return final, torch.exp(total)
 
     def scan(self, initial_states: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs, (tokens, nheads, headdim), and final states, given the states entering the documents."""
         if initial_states is None:
             initial_states = self.states.new_zeros(self.documents, *self.states.shape[1:])
-        entering, final = state_passing(
-            self.states, self._chunk_decay(), initial_states.to(self.dtype), self.layout
-        )
+        entering, final = state_passing(self.states, self._chunk_decay(), initial_states.to(self.dtype), self.layout)
         inside = (self.C @ self.B.transpose(-1, -2))[:, :, None] * torch.exp(segsum(self.log_decay))  # (c, g, r, l, s)
         y = inside @ (self.x * self.dt[..., None])
         before = entering.unflatten(1, (self.ngroups, -1))  # (c, g, r, p, n)

@@ -114,7 +114,9 @@ def mamba_chunk_scan_combined(
     document's), float32 or wider. States, decays and cumulative sums are float32, float64 when x is.
     Raises ValueError for shapes that do not fit, naming the argument.
     """
-    span = SSDSpan(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, cu_seqlens, dt_softplus, dt_limit, backend=backend)
+    span = SSDSpan(
+        x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, cu_seqlens, dt_softplus, dt_limit, backend=backend
+    )
     y, final_states = span.scan(initial_states)
     return (y, final_states) if return_final_states else y
 

@@ -39,9 +39,7 @@ class _StatePassing(torch.autograd.Function):
         return d_states, d_decay, d_state, None
 
 
-def state_passing(
-    states: Tensor, decay: Tensor, initial_states: Tensor, layout: ChunkLayout
-) -> tuple[Tensor, Tensor]:
+def state_passing(states: Tensor, decay: Tensor, initial_states: Tensor, layout: ChunkLayout) -> tuple[Tensor, Tensor]:
     """h_c = decay_c h_{c-1} + states_c over the chunks of each document.
 
     states: (nchunks, nheads, headdim, d_state), what each chunk adds to the state; decay: the same with axes of size 1

@@ -74,9 +74,7 @@ class HybridModel(nn.Module):
         if torch.device(device or "cpu").type != "meta":
             initialize(self, seed)
 
-    def forward(
-        self, tokens: Tensor, labels: Tensor | None = None, segments: SegmentTable | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, segments: SegmentTable | None = None) -> Tensor:
         """Logits, (batch, seqlen/cp, vocab_size/tp), or with `labels` the loss of each token, (batch, seqlen/cp).
 
         tokens: (batch, seqlen/cp); labels: the same, each token's successor, -100 where none is asked for.
@@ -120,4 +118,6 @@ class HybridModel(nn.Module):
                 f"got {tuple(tokens.shape)}"
             )
         if self.parallel.sequence_parallel and length % tp.size != 0:
-            raise ValueError(f"tokens of a cp rank ({length}) must be divisible by tp ({tp.size}) for sequence_parallel")
+            raise ValueError(
+                f"tokens of a cp rank ({length}) must be divisible by tp ({tp.size}) for sequence_parallel"
+            )

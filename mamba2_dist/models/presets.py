@@ -46,6 +46,5 @@ def hybrid_8b() -> HybridConfig:
 
 
 PRESETS = {
-    preset.__name__: preset
-    for preset in (mamba2_130m, mamba2_370m, mamba2_780m, mamba2_1_3b, mamba2_2_7b, hybrid_8b)
+    preset.__name__: preset for preset in (mamba2_130m, mamba2_370m, mamba2_780m, mamba2_1_3b, mamba2_2_7b, hybrid_8b)
 }

@@ -67,7 +67,9 @@ class Mamba2Mixer(PartitionedModule):
             shared_by=shared_by, sequence_parallel=sequence_parallel, **factory,
         )  # fmt: skip
         self.conv1d = CausalConv1d(share.conv1d, config.d_conv, groups.cp, shared_by=shared_by, **factory)
-        self.add_parameter("dt_bias", share.heads, init.step_bias(*config.dt_init_range, config.dt_init_floor), **factory)
+        self.add_parameter(
+            "dt_bias", share.heads, init.step_bias(*config.dt_init_range, config.dt_init_floor), **factory
+        )
         self.add_parameter("A_log", share.heads, init.log_uniform_range(*config.A_init_range), **factory)
         self.add_parameter("D", share.channels if config.D_has_hdim else share.heads, init.ones, **factory)
         self.norm = GatedRMSNorm(

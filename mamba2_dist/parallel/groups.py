@@ -41,9 +41,7 @@ class ParallelGroups:
     Without `torch.distributed` every size must be 1. Raises ValueError for sizes that do not fill the world.
     """
 
-    def __init__(
-        self, tp: int = 1, cp: int = 1, pp: int = 1, dp: int | None = None, *, device_type: str | None = None
-    ):
+    def __init__(self, tp: int = 1, cp: int = 1, pp: int = 1, dp: int | None = None, *, device_type: str | None = None):
         for name, size in (("tp", tp), ("cp", cp), ("pp", pp), ("dp", 1 if dp is None else dp)):
             check_positive(name, size)
         world = dist.get_world_size() if dist.is_initialized() else 1

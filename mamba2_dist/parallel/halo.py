@@ -69,6 +69,4 @@ def _make_plan(table: SegmentTable, rank: int, before: int, device: torch.device
                         target = int(local.first[slot, row]) * before + token - segment.start + before
                         received[sender].append(target)
     flat = lambda lists: torch.tensor([i for part in lists for i in part], dtype=torch.long).to(device)  # noqa: E731
-    return HaloPlan(
-        tuple(map(len, sent)), tuple(map(len, received)), flat(sent), flat(received), needed and before > 0
-    )
+    return HaloPlan(tuple(map(len, sent)), tuple(map(len, received)), flat(sent), flat(received), needed and before > 0)

@@ -97,9 +97,7 @@ class Mamba2Partition:
     """Neighbouring ranks that share one group's B, C and norm."""
 
 
-def mamba2_partition(
-    *, d_inner: int, nheads: int, ngroups: int, d_state: int, tp: int, rank: int
-) -> Mamba2Partition:
+def mamba2_partition(*, d_inner: int, nheads: int, ngroups: int, d_state: int, tp: int, rank: int) -> Mamba2Partition:
     """Rank `rank`'s share of `tp`. Raises ValueError when heads or groups do not fit."""
     check_split("nheads", nheads, tp)
     z, x = (split(name, d_inner, tp, rank) for name in "zx")

@@ -105,7 +105,10 @@ class SegmentTable:
         """`rank`'s tokens of a whole (batch, seqlen, ...) tensor, its segments in slot order."""
         if tensor.shape[dim] != self.seqlen:
             raise ValueError(f"axis {dim} must hold the whole sequence ({self.seqlen}), got {tensor.shape[dim]}")
-        return torch.cat([tensor.narrow(dim, s.start, s.end - s.start) for s in self.local(rank).segments], dim)
+        none = tensor.narrow(dim, 0, 0)  # a rank may hold no segment
+        return torch.cat(
+            [none, *(tensor.narrow(dim, s.start, s.end - s.start) for s in self.local(rank).segments)], dim
+        )
 
     @cached_property
     def owner(self) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +124,9 @@ class SegmentTable:
         """(batch, seqlen): the first token of the document each token belongs to."""
         starts = np.zeros((self.batch, self.seqlen), np.int64)
         for row, offsets in enumerate(self.documents):
-            starts[row, [offset for offset in offsets if offset < self.seqlen]] = [o for o in offsets if o < self.seqlen]
+            starts[row, [offset for offset in offsets if offset < self.seqlen]] = [
+                o for o in offsets if o < self.seqlen
+            ]
         return np.maximum.accumulate(starts, axis=1)
 
 

@@ -24,9 +24,7 @@ def conv1d_over_segments(
     """
     halo = conv_halo(x, weight.shape[1], table, group)
     pieces = table.local(group.rank).documents
-    y = causal_conv1d(
-        x.flatten(0, 1)[None], weight, bias, initial_state=halo, cu_seqlens=pieces, activation=activation
-    )
+    y = causal_conv1d(x.flatten(0, 1)[None], weight, bias, initial_state=halo, cu_seqlens=pieces, activation=activation)
     return y.view(x.shape)
 
 

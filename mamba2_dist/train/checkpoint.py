@@ -117,7 +117,9 @@ def check_identity(path: Path, identity: dict) -> None:
         if saved.get(name) != wanted.get(name) and name != "model.mamba.chunk_size"
     ]
     if differing:
-        raise ValueError(f"{path} is of another run: {'; '.join(differing)}; change that back or choose another out folder")
+        raise ValueError(
+            f"{path} is of another run: {'; '.join(differing)}; change that back or choose another out folder"
+        )
 
 
 def read_json(path: Path) -> dict:
@@ -125,7 +127,9 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"checkpoint file {path} cannot be read ({error}); remove {path.parent} to use an older one") from None
+        raise ValueError(
+            f"checkpoint file {path} cannot be read ({error}); remove {path.parent} to use an older one"
+        ) from None
 
 
 def _model_state(model: nn.Module) -> dict:

@@ -161,9 +161,7 @@ class TrainConfig:
 
     def share(self, dp: int) -> tuple[int, int]:
         """(windows of one dp rank per update, windows at a time). Raises ValueError when they do not divide."""
-        _require(
-            self.global_batch % dp == 0, f"global_batch ({self.global_batch}) must be divisible by dp ({dp})"
-        )
+        _require(self.global_batch % dp == 0, f"global_batch ({self.global_batch}) must be divisible by dp ({dp})")
         share = self.global_batch // dp
         micro = self.micro_batch or share
         _require(

@@ -67,7 +67,9 @@ def _read_lines(file: Path, name: str) -> Iterator[tuple[str, str]]:
                 try:
                     document = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"{file}:{number}: not JSON ({error.msg}); every line must be one object") from None
+                    raise ValueError(
+                        f"{file}:{number}: not JSON ({error.msg}); every line must be one object"
+                    ) from None
                 if not isinstance(document, dict) or not isinstance(document.get("text"), str):
                     raise ValueError(f'{file}:{number}: must be an object with a string field "text"')
                 if document["text"].strip():

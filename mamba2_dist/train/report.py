@@ -35,9 +35,7 @@ class Report:
         self.history = History(self.folder, progress.step)
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=progress.step + 1)
         self.started, self.first = time.monotonic(), progress.step
-        self.bar = tqdm(
-            total=self.config.steps, initial=progress.step, unit="update", disable=not sys.stderr.isatty()
-        )
+        self.bar = tqdm(total=self.config.steps, initial=progress.step, unit="update", disable=not sys.stderr.isatty())
 
     def updated(self, row: dict) -> None:
         """Show and keep the numbers of one update."""

@@ -64,6 +64,8 @@ def exclusive(folder: Path, wait_s: float = 20) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise ValueError(f"out ({folder}) is in use by another run; stop it or choose another folder") from None
+                    raise ValueError(
+                        f"out ({folder}) is in use by another run; stop it or choose another folder"
+                    ) from None
                 time.sleep(0.5)
         yield

@@ -229,10 +229,15 @@ class Trainer:
             speed["mfu"] = work / seconds / (peak * dist.get_world_size())
         return speed
 
+    def _validation_windows(self) -> list[data.Window]:
+        """Windows from all over the validation split."""
+        split = self.corpus.validation
+        count = min(self.config.validation_windows, split.windows)
+        return [split.window(i * split.windows // count) for i in range(count)]
+
     def _validation_batches(self) -> list[list[data.Window]]:
         """This dp rank's validation windows, as many batches on every rank; missing ones count nothing."""
-        split, dp = self.corpus.validation, self.groups.dp
-        windows = [split.window(i) for i in range(min(self.config.validation_windows, split.windows))]
+        dp, windows = self.groups.dp, self._validation_windows()
         round_size = dp.size * self.micro
         missing = -len(windows) % round_size
         blank = data.Window(windows[0].tokens, windows[0].labels * 0 - 100, windows[0].documents)
@@ -257,7 +262,6 @@ class Trainer:
 
     def _gzip_bits(self) -> float:
         """Bits per byte that gzip needs for the text of the validation windows."""
-        split = self.corpus.validation
-        windows = [split.window(i) for i in range(min(self.config.validation_windows, split.windows))]
+        windows = self._validation_windows()
         text = b"".join(self.corpus.text_bytes(window.labels[window.labels >= 0]) for window in windows)
         return 8 * len(gzip.compress(text, 9)) / max(len(text), 1)

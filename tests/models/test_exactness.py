@@ -35,9 +35,7 @@ def _table(layout, cp, packed):
 def _mixer(tp, cp, ngroups, layout, packed, scan, sequence_parallel):
     groups, table = groups_of(tp, cp), _table(layout, cp, packed)
     options = {"dtype": torch.float64}
-    mixer = Mamba2Mixer(
-        _mamba(ngroups), 16, groups, state_scan=scan, sequence_parallel=sequence_parallel, **options
-    )
+    mixer = Mamba2Mixer(_mamba(ngroups), 16, groups, state_scan=scan, sequence_parallel=sequence_parallel, **options)
     whole = Mamba2Mixer(_mamba(ngroups), 16, ParallelGroups.alone(), **options)
     u = torch.randn(len(DOCUMENTS), SEQLEN, 16, dtype=torch.float64, requires_grad=True)
     weight = torch.randn_like(u)

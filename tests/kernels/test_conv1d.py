@@ -1,0 +1,65 @@
+"""The shifted products equal the definition, documents, states and gradients included."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mamba2_dist.kernels.conv1d import causal_conv1d, causal_conv1d_reference
+
+from ..tolerances import RELATIVE, assert_close
+
+FLOAT64 = {"dtype": torch.float64}
+
+
+def _gradients(function, tensors, **options):
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    x, weight, bias, state = leaves
+    y, final = function(x, weight, bias, initial_state=state, activation="silu", **options)
+    (y.square().sum() + (final * 3).sin().sum()).backward()
+    return [y, final, *(leaf.grad for leaf in leaves)]
+
+
+def _check(batch, seqlen, width, owners, **options):
+    tensors = (
+        torch.randn(batch, seqlen, 5, **FLOAT64),
+        torch.randn(5, width, **FLOAT64),
+        torch.randn(5, **FLOAT64),
+        torch.randn(owners, width - 1, 5, **FLOAT64),
+    )
+    expected = _gradients(causal_conv1d_reference, tensors, **options)
+    actual = _gradients(lambda *a, **k: causal_conv1d(*a, return_final_state=True, **k), tensors, **options)
+    for result, reference in zip(actual, expected, strict=True):
+        assert_close(result, reference, RELATIVE[torch.float64])
+
+
+@pytest.mark.parametrize("width", [2, 4, 8])
+@pytest.mark.parametrize("seqlen", [1, 3, 20])
+def test_rows(seqlen, width):
+    _check(2, seqlen, width, 2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 16), max_size=6), st.integers(2, 6))
+def test_documents_cut_anywhere(cuts, width):
+    torch.manual_seed(0)
+    offsets = torch.tensor([0, *sorted(cuts), 16])
+    _check(1, 16, width, len(offsets) - 1, cu_seqlens=offsets)
+
+
+def test_documents_by_index():
+    _check(2, 9, 4, 2, seq_idx=torch.tensor([[0, 0, 1, 2, 2, 2, 2, 2, 5], [1] * 9]))
+
+
+def test_equals_torch():
+    x, weight = torch.randn(2, 30, 6, **FLOAT64), torch.randn(6, 4, **FLOAT64)
+    expected = F.conv1d(F.pad(x.transpose(1, 2), (3, 0)), weight[:, None], groups=6).transpose(1, 2)
+    assert_close(causal_conv1d(x, weight), expected, RELATIVE[torch.float64])
+
+
+def test_a_neighbouring_document_does_not_leak():
+    x, weight = torch.randn(1, 8, 3), torch.randn(3, 4)
+    clean = causal_conv1d(x, weight, cu_seqlens=torch.tensor([0, 5, 8]))
+    x[:, :5] = float("inf")
+    assert torch.equal(causal_conv1d(x, weight, cu_seqlens=torch.tensor([0, 5, 8]))[:, 5:], clean[:, 5:])
