@@ -9,6 +9,7 @@ state leaving segment i and U_i that of the state entering it,
 so backward is the same scan in reverse order with the decays already known: only state gradients travel.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -48,7 +49,10 @@ class _StateScan(torch.autograd.Function):
             entering = _ring(state, decay, table.chain, group)
             decays = decay
         else:
-            states, decays = _gather(state, table, group), _gather(decay, table, group)
+            # one message for both; the decays alone are kept for backward
+            packed = _gather(torch.cat([state.flatten(1), decay.flatten(1)], dim=1), table, group)
+            states, decays = packed.split([math.prod(state.shape[1:]), math.prod(decay.shape[1:])], dim=2)
+            states, decays = states.unflatten(2, state.shape[1:]), decays.unflatten(2, decay.shape[1:]).clone()
             entering = _prefix(states, decays, table.chain, group.rank, state)
         ctx.save_for_backward(decays, entering)
         ctx.table, ctx.group, ctx.backend, ctx.decay_shape = table, group, backend, decay.shape

@@ -117,6 +117,7 @@ class Trainer:
 
     def _describe_run(self) -> None:
         """Keep beside the checkpoints what `sample` needs."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         contents = {
             "tokenizer.json": (self.corpus_folder / "tokenizer.json").read_text(),
             "config.json": json.dumps(asdict(self.config), indent=1),
@@ -257,6 +258,8 @@ class Trainer:
                     labels = window.labels[window.labels >= 0]
                     sums[1] += len(labels)
                     sums[2] += int(self.corpus.token_bytes[labels].sum())
+        if self.sharded:
+            self.model.reshard()  # without a backward the root's parameters would stay whole
         nats, tokens, size = sum_over(sums, self.groups.data).tolist()
         return {"validation": nats / tokens, "bits_per_byte": nats / math.log(2) / size}
 

@@ -1,0 +1,65 @@
+"""The whole model: stepping, documents, and what it refuses."""
+
+import pytest
+import torch
+
+from mamba2_dist import AttentionConfig, HybridConfig, HybridModel, Mamba2Config, ParallelConfig, SegmentTable
+from mamba2_dist.models.generate import generate
+
+from ..tolerances import EXACT, assert_close
+
+CONFIG = HybridConfig(
+    pattern="M*-M",
+    d_model=16,
+    vocab_size=40,
+    mamba=Mamba2Config(d_state=6, headdim=4, chunk_size=5),
+    attention=AttentionConfig(head_dim=4, nheads_kv=2, rope_theta=1e4),
+)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_step_equals_forward(tied):
+    config = HybridConfig(**{**vars(CONFIG), "tie_embeddings": tied})
+    model, tokens = HybridModel(config, dtype=torch.float64), torch.randint(0, 40, (2, 14))
+    cache = model.new_cache(2)
+    steps = torch.cat([model.step(token, cache) for token in tokens.split(1, dim=1)], dim=1)
+    assert_close(steps, model(tokens), EXACT)
+
+
+def test_documents_do_not_see_each_other():
+    model, tokens = HybridModel(CONFIG, dtype=torch.float64), torch.randint(0, 40, (1, 20))
+    packed = model(tokens, None, SegmentTable.contiguous(20, 1, documents=[[0, 7, 8, 20]]))
+    alone = torch.cat([model(tokens[:, start:end]) for start, end in ((0, 7), (7, 8), (8, 20))], dim=1)
+    # positions differ, attention sees only their differences
+    assert_close(packed, alone, EXACT)
+
+
+def test_generation_is_repeatable_and_stops():
+    model = HybridModel(CONFIG)
+    first = generate(model, [1, 2, 3], 20, seed=4)
+    assert first == generate(model, [1, 2, 3], 20, seed=4)
+    assert first != generate(model, [1, 2, 3], 20, seed=5)
+    greedy = generate(model, [1, 2, 3], 5, temperature=0)
+    assert generate(model, [1, 2, 3], 5, temperature=0, stop=greedy[2]) == greedy[: greedy.index(greedy[2])]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m(torch.zeros(1, 8, dtype=torch.long), None, SegmentTable.contiguous(8, 2)), "made for 2 ranks"),
+        (
+            lambda m: m(torch.zeros(1, 7, dtype=torch.long), None, SegmentTable.contiguous(8, 1)),
+            "tokens must have shape",
+        ),
+        (lambda m: generate(m, [], 3), "prompt must hold"),
+        (lambda m: generate(m, [1], 3, top_k=0), "top_k not below 1"),
+    ],
+)
+def test_wrong_calls_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(HybridModel(CONFIG))
+
+
+def test_sizes_must_agree():
+    with pytest.raises(ValueError, match=r"parallel\.tp \(2\) must equal the groups' tp \(1\)"):
+        HybridModel(CONFIG, parallel=ParallelConfig(tp=2))

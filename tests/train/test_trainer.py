@@ -1,0 +1,155 @@
+"""A run split any way is the same run: losses, gradient norms, and what a checkpoint brings back."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mamba2_dist.train.metrics import read_history
+from mamba2_dist.train.trainer import Trainer
+
+from ..distributed import run_ranks
+from .corpus import small_run
+
+# float32 sums in another order, through a few optimizer steps
+SAME_LOSS = 2e-5
+
+
+def _train(folder: Path, options: dict) -> dict:
+    """Run to the end; the losses by step, and the next batch."""
+    config = small_run(folder, **options)
+    trainer = Trainer(config, Path(config.out), torch.device("cpu"))
+    first = trainer.progress.step
+    batch = [window.tokens.tolist() for window in trainer._training_windows()]
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, batch)
+    trainer.run()
+    dist.barrier()
+    rows = read_history(Path(config.out))
+    return {
+        "first": first,
+        "next batch": [window for rank in range(len(every)) if rank in _dp_firsts(trainer) for window in every[rank]],
+        "loss": {row["step"]: row["loss"] for row in rows if "loss" in row},
+        "norm": {row["step"]: row["norm"] for row in rows if "norm" in row},
+        "validation": {row["step"]: row["validation"] for row in rows if "validation" in row},
+    }
+
+
+def _dp_firsts(trainer) -> list[int]:
+    """The first rank of each replica, in the order of the data."""
+    size = trainer.groups.tp.size * trainer.groups.cp.size
+    return [replica * size for replica in range(trainer.groups.dp.size)]
+
+
+def _run(folder: Path, **options) -> dict:
+    small_run(folder)  # the texts are written once, not by every rank
+    ranks = options.get("tp", 1) * options.get("cp", 1) * (options.get("dp") or 1)
+    return run_ranks(ranks, _train, folder, options)[0]
+
+
+def _assert_same(run: dict, reference: dict) -> None:
+    for name in ("loss", "norm", "validation"):
+        assert run[name].keys() == reference[name].keys()
+        for step, value in reference[name].items():
+            assert run[name][step] == pytest.approx(value, rel=SAME_LOSS), f"{name} of update {step}"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One rank's run, which every split is compared with."""
+    return _run(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tp": 2},
+        {"cp": 2},
+        {"dp": 2},
+        {"dp": 2, "sharding": "ddp"},
+        {"cp": 2, "sharding": "ddp"},
+        {"cp": 2, "dp": 2},
+        {"tp": 2, "cp": 2},
+        {"tp": 4},
+        {"tp": 2, "dp": 2},
+        {"dp": 2, "micro_batch": 1},
+        {"dp": 2, "micro_batch": 1, "sharding": "ddp"},
+        {"micro_batch": 2},
+    ],
+    ids=str,
+)
+def test_any_split_trains_the_same(tmp_path, whole, options):
+    run = _run(tmp_path, **options)
+    _assert_same(run, whole)
+    assert run["next batch"] == whole["next batch"]
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_layouts_and_sequence_parallel_train_the_same(tmp_path, whole, layout):
+    parallel = {"tp": 2, "cp": 2}
+    config = small_run(tmp_path, **parallel).parallel
+    split = replace(config, layout=layout, sequence_parallel=True, state_scan="ring")
+    _assert_same(_run(tmp_path, **parallel, parallel=split), whole)
+
+
+@pytest.mark.parametrize(
+    "options", [{"cp": 2}, {"tp": 4}, {"dp": 2}, {"cp": 2, "dp": 2, "sharding": "ddp"}, {}], ids=str
+)
+def test_a_checkpoint_loads_under_another_split(tmp_path, options):
+    before = _run(tmp_path, tp=2)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
+    shutil.rmtree(checkpoints / "step-00000006")
+    after = _run(tmp_path, **options)
+    assert after["first"] == 4
+    _assert_same(after, before)
+    # the next batch is the fifth, whoever reads it
+    windows = _run(tmp_path / "fresh", tp=2, steps=4)["next batch"]
+    assert after["next batch"] != windows
+
+
+def test_the_next_batch_does_not_depend_on_the_split(tmp_path):
+    batches = []
+    for options in ({"tp": 2}, {"cp": 2}, {"dp": 2}, {"tp": 4}):
+        run = tmp_path / str(len(batches))
+        _run(run, tp=2, steps=4)
+        batches.append(_run(run, **options, steps=6)["next batch"])
+    assert all(batch == batches[0] for batch in batches)
+
+
+def test_resuming_on_one_rank_changes_no_digit(tmp_path):
+    whole = _run(tmp_path / "whole")
+    _run(tmp_path / "broken")
+    checkpoints = tmp_path / "broken" / "run" / "checkpoints"
+    shutil.rmtree(checkpoints / "step-00000006")
+    assert _run(tmp_path / "broken")["loss"] == whole["loss"]
+
+
+def test_another_run_is_not_continued(tmp_path):
+    _run(tmp_path, steps=2, schedule=small_run(tmp_path).schedule.__class__(warmup_steps=1))
+    model = replace(small_run(tmp_path).model, norm_eps=1e-6)
+    with pytest.raises(AssertionError, match="model.norm_eps is 1e-05 there and 1e-06 here"):
+        _run(tmp_path, model=model)
+    with pytest.raises(AssertionError, match="data.seed is 0 there and 1 here"):
+        _run(tmp_path, seed=1)
+
+
+def test_damaged_checkpoints_are_named(tmp_path):
+    _run(tmp_path)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000006"
+    (newest / "progress.json").write_text("{")
+    with pytest.raises(AssertionError, match=r"step-00000006/progress\.json cannot be read"):
+        _run(tmp_path, steps=8)
+    (newest / "progress.json").write_text(json.dumps({"step": 6, "samples": 24, "world_size": 1}))
+    (newest / ".metadata").write_bytes(b"")
+    with pytest.raises(AssertionError, match="step-00000006 cannot be read"):
+        _run(tmp_path, steps=8)
+
+
+def test_bf16_learns(tmp_path):
+    run = _run(tmp_path, steps=30, precision="bf16", validate_every=30)
+    assert run["validation"][30] < 0.8 * run["validation"][0]
