@@ -18,7 +18,7 @@ class VocabParallelEmbedding(PartitionedModule):
     def __init__(self, vocab_size: int, d_model: int, tp: Group, *, sequence_parallel: bool = False, **factory):
         super().__init__()
         self.tp, self.sequence_parallel = tp, sequence_parallel
-        rows = split("", vocab_size, tp.size, tp.rank)
+        rows = split("", "vocab_size", vocab_size, tp.size, tp.rank)
         self.first, self.count = rows.start, rows.length
         self.add_parameter("weight", Partition((rows,)), init.normal(0.02), (d_model,), **factory)
 
@@ -36,7 +36,7 @@ class VocabParallelHead(PartitionedModule):
     def __init__(self, vocab_size: int, d_model: int, tp: Group, *, sequence_parallel: bool = False, **factory):
         super().__init__()
         self.tp, self.sequence_parallel = tp, sequence_parallel
-        rows = Partition((split("", vocab_size, tp.size, tp.rank),))
+        rows = Partition((split("", "vocab_size", vocab_size, tp.size, tp.rank),))
         self.add_parameter("weight", rows, init.normal(0.02), (d_model,), **factory)
 
     def forward(self, u: Tensor) -> Tensor:

@@ -34,6 +34,9 @@ class ColumnParallelLinear(PartitionedModule):
     def forward(self, u: Tensor) -> Tensor:
         """(batch, seqlen/cp, d_in) -> (batch, seqlen/cp, d_out/tp); with sequence_parallel the input is
         (batch, seqlen/cp/tp, d_in), its shards gathered over tp."""
+        d_in = self.weight.shape[1]
+        if u.ndim != 3 or u.shape[2] != d_in:
+            raise ValueError(f"u must have shape (batch, seqlen, {d_in}), got {tuple(u.shape)}")
         u = all_gather(u, self.tp, dim=1) if self.sequence_parallel else replicate(u, self.tp)
         weight = replicate_rows(self.weight, self.records["weight"].partition.shared, self.shared_by)
         return F.linear(u, weight)

@@ -55,9 +55,9 @@ class Partition:
         return [whole[part.name].narrow(self.dim, part.start, part.length) for part in self.parts]
 
 
-def split(name: str, size: int, tp: int, rank: int) -> Part:
-    """`size` rows in `tp` equal slices. Raises ValueError when tp does not divide them."""
-    check_split(name, size, tp)
+def split(name: str, what: str, size: int, tp: int, rank: int) -> Part:
+    """`size` rows in `tp` equal slices. Raises ValueError, speaking of `what`, when tp does not divide them."""
+    check_split(what, size, tp)
     return Part(name, size, rank * (size // tp), size // tp)
 
 
@@ -100,11 +100,11 @@ class Mamba2Partition:
 def mamba2_partition(*, d_inner: int, nheads: int, ngroups: int, d_state: int, tp: int, rank: int) -> Mamba2Partition:
     """Rank `rank`'s share of `tp`. Raises ValueError when heads or groups do not fit."""
     check_split("nheads", nheads, tp)
-    z, x = (split(name, d_inner, tp, rank) for name in "zx")
+    z, x = (split(name, "d_inner", d_inner, tp, rank) for name in "zx")
     B, C = (split_or_share(name, "ngroups", ngroups, d_state, tp, rank) for name in "BC")
-    heads, channels = split("", nheads, tp, rank), split("", d_inner, tp, rank)
+    heads, channels = split("", "nheads", nheads, tp, rank), split("", "d_inner", d_inner, tp, rank)
     return Mamba2Partition(
-        in_proj=Partition((z, x, B, C, split("dt", nheads, tp, rank))),
+        in_proj=Partition((z, x, B, C, split("dt", "nheads", nheads, tp, rank))),
         conv1d=Partition((x, B, C)),
         heads=Partition((heads,)),
         channels=Partition((channels,)),
@@ -131,11 +131,11 @@ class AttentionPartition:
 def attention_partition(*, nheads: int, nheads_kv: int, head_dim: int, tp: int, rank: int) -> AttentionPartition:
     """Rank `rank`'s share of `tp`. Raises ValueError when heads do not fit."""
     check_split("attention.nheads", nheads, tp)
-    q = split("q", nheads * head_dim, tp, rank)
+    q = split("q", "q", nheads * head_dim, tp, rank)
     k, v = (split_or_share(name, "attention.nheads_kv", nheads_kv, head_dim, tp, rank) for name in "kv")
     return AttentionPartition(
         qkv=Partition((q, k, v)),
-        out_proj=Partition((split("", nheads * head_dim, tp, rank),), dim=1),
+        out_proj=Partition((split("", "q", nheads * head_dim, tp, rank),), dim=1),
         nheads_local=nheads // tp,
         nheads_kv_local=k.length // head_dim,
         group_ranks=k.replicas,
