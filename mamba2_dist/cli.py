@@ -4,9 +4,9 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 USAGE = """usage: mamba2-dist COMMAND ...
 
@@ -87,7 +87,7 @@ def parse(kind: type, command: str, arguments: Sequence[str], *, with_file: bool
     parser.add_class_arguments(kind, as_group=False)
     given = []
     for argument in arguments:
-        key, equals, value = argument.partition("=")
+        key, equals, _value = argument.partition("=")
         if argument in ("-h", "--help"):
             given.append("--help")
         elif equals and re.fullmatch(r"[A-Za-z_][\w.]*", key):
@@ -146,7 +146,7 @@ def _check_key(kind: type, key: str) -> None:
         raise ValueError(f"unknown key {key!r}; {remedy}")
 
 
-def _keys(kind: type, prefix: str = ""):
+def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
     for item in fields(kind):
         yield prefix + item.name
         if is_dataclass(item.type):

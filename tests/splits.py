@@ -38,7 +38,8 @@ def assert_same_gradients(model: nn.Module, whole: nn.Module, groups: ParallelGr
         grad = torch.zeros_like(actual[name]) if grad is None else grad
         grad = sum_over(grad.clone(), groups.data)
         dim = record.partition.dim
-        whole_parts = dict(zip([p.name for p in records[name].partition.parts], _parts(expected[name], records[name])))
+        names = [part.name for part in records[name].partition.parts]
+        whole_parts = dict(zip(names, _parts(expected[name], records[name]), strict=True))
         for part, mine in zip(record.partition.parts, _parts(grad, record), strict=True):
             reference = whole_parts[part.name].narrow(dim, part.start, part.length)
             assert_close(mine, reference, bound, f"gradient of {name} {part.name}")

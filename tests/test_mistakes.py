@@ -6,6 +6,9 @@ import json
 import pytest
 import torch
 import yaml
+from mamba2_dist.kernels.conv1d import causal_conv1d
+from mamba2_dist.kernels.norm import gated_rmsnorm
+from mamba2_dist.kernels.ssd import mamba_chunk_scan_combined
 
 from mamba2_dist import (
     AttentionConfig,
@@ -18,9 +21,6 @@ from mamba2_dist import (
 )
 from mamba2_dist.cli import main
 from mamba2_dist.config import MLPConfig
-from mamba2_dist.kernels.conv1d import causal_conv1d
-from mamba2_dist.kernels.norm import gated_rmsnorm
-from mamba2_dist.kernels.ssd import mamba_chunk_scan_combined
 
 from .train.corpus import write_texts
 

@@ -5,6 +5,7 @@ index with the tensors this class hands out. One object made per batch and passe
 host-to-device copy per tensor and no synchronisation.
 """
 
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,7 +43,7 @@ class Documents:
         offsets = tuple(int(offset) for offset in cu_seqlens)
         if not offsets or offsets[0] != 0:
             raise ValueError(f"cu_seqlens must start at 0, got {list(offsets[:8])}")
-        if any(b < a for a, b in zip(offsets, offsets[1:], strict=False)):
+        if any(b < a for a, b in itertools.pairwise(offsets)):
             raise ValueError(f"cu_seqlens must not descend, got {list(offsets[:8])}{'...' if len(offsets) > 8 else ''}")
         self.offsets = offsets
         # the first and the last document of each row, where rows hold several
@@ -102,14 +103,16 @@ class Documents:
         """States of rows -> states of documents: a row's state enters its first document, zeros the others."""
         if self.row_edges is None:
             return states
-        first = self._kept("first", states.device, lambda: self.row_edges[0])
+        edges = self.row_edges[0]
+        first = self._kept("first", states.device, lambda: edges)
         return states.new_zeros(len(self), *states.shape[1:]).index_copy(0, first, states)
 
     def leave(self, states: Tensor) -> Tensor:
         """States of documents -> states of rows: a row leaves the state of its last document."""
         if self.row_edges is None:
             return states
-        return states[self._kept("last", states.device, lambda: self.row_edges[1])]
+        edges = self.row_edges[1]
+        return states[self._kept("last", states.device, lambda: edges)]
 
     def position(self, device: torch.device) -> Tensor:
         """(tokens,) each token's place in its document, counted from 0."""

@@ -1,5 +1,7 @@
 """The definition of the depthwise causal convolution, one output at a time."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,7 +31,7 @@ def causal_conv1d_reference(
                 None if initial_state is None else initial_state[document : document + 1],
                 activation=activation,
             )
-            for document, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False))
+            for document, (start, end) in enumerate(itertools.pairwise(offsets))
         ]  # fmt: skip
         return torch.cat([y for y, _ in results], dim=1), torch.cat([state for _, state in results])
     state = x.new_zeros(batch, before, channels) if initial_state is None else initial_state.to(x.dtype)

@@ -7,6 +7,7 @@ Per head (arXiv 2405.21060, equations 1 and 2 with the discretisation of section
 and the same map as a masked matrix product (its section 3): y = M x, M_ts = C_t^T B_s dt_s exp(sum_{s<u<=t} A dt_u).
 """
 
+import itertools
 import math
 
 import torch
@@ -19,7 +20,7 @@ def discretize(
 ) -> Tensor:
     """The step size clamp(softplus(dt + dt_bias)), in float32 or wider.
 
-    dt: (..., nheads), dt_bias: (nheads,). Softplus is the identity above 20, where log1p(exp(dt)) equals it to rounding.
+    dt: (..., nheads), dt_bias: (nheads,). Above 20 softplus is the identity to rounding.
     """
     dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
     if dt_bias is not None:
@@ -58,17 +59,16 @@ def ssd_recurrence(
 
     Arguments and results as in `mamba_chunk_scan_combined`; the states are always returned.
     """
-    options = {"D": D, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit}
     if cu_seqlens is not None:
         outputs, finals = [], []
         offsets = cu_seqlens.tolist()
-        for document, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        for document, (start, end) in enumerate(itertools.pairwise(offsets)):
             part = slice(start, end)
             y, state = ssd_recurrence(
                 x[:, part], dt[:, part], A, B[:, part], C[:, part],
                 z=None if z is None else z[:, part],
+                D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit,
                 initial_states=None if initial_states is None else initial_states[document : document + 1],
-                **options,
             )  # fmt: skip
             outputs.append(y)
             finals.append(state)
@@ -77,9 +77,8 @@ def ssd_recurrence(
     batch, seqlen, nheads, headdim = x.shape
     dt = discretize(dt, dt_bias, dt_softplus, dt_limit)
     B, C = expand_groups(B, nheads), expand_groups(C, nheads)
-    state = initial_states
-    if state is None:
-        state = dt.new_zeros(batch, nheads, headdim, B.shape[-1])
+    start = dt.new_zeros(batch, nheads, headdim, B.shape[-1])
+    state = start if initial_states is None else initial_states
     outputs = []
     for t in range(seqlen):
         if seq_idx is not None and t > 0:

@@ -30,8 +30,8 @@ def generate(
         raise ValueError(f"temperature must not be below 0 and top_k not below 1, got {temperature} and {top_k}")
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    cache, produced = model.new_cache(1), []
-    logits = None
+    cache: list = model.new_cache(1)
+    produced: list[int] = []
     for token in prompt:
         logits = model.step(torch.tensor([[token]], device=device), cache)
     for _ in range(tokens):

@@ -1,11 +1,14 @@
 """The language model: embedding, hybrid stack, norm, head."""
 
+from collections.abc import Iterator
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from mamba2_dist.config import HybridConfig, ParallelConfig
 from mamba2_dist.modules.base import initialize
-from mamba2_dist.modules.block import hybrid_layers
+from mamba2_dist.modules.block import Block, hybrid_layers
 from mamba2_dist.modules.embedding import VocabParallelEmbedding, VocabParallelHead, vocab_parallel_logits
 from mamba2_dist.modules.norm import RMSNorm
 from mamba2_dist.parallel.cross_entropy import vocab_parallel_cross_entropy
@@ -30,10 +33,14 @@ class Backbone(nn.Module):
         self.layers = hybrid_layers(config, groups, state_scan=parallel.state_scan, **split)
         self.norm_f = RMSNorm(config.d_model, config.norm_eps, groups.tp, **split)
 
+    def blocks(self) -> Iterator[Block]:
+        """The layers with their type."""
+        return cast("Iterator[Block]", iter(self.layers))
+
     def forward(self, tokens: Tensor, segments: SegmentTable) -> Tensor:
         """(batch, seqlen/cp) -> (batch, seqlen/cp, d_model)."""
         x = self.embedding(tokens)
-        for layer in self.layers:
+        for layer in self.blocks():
             x = layer(x, segments)
         return self.norm_f(x)
 
@@ -90,14 +97,14 @@ class HybridModel(nn.Module):
 
     def new_cache(self, batch: int) -> list:
         """Every layer's memory before the first token."""
-        return [layer.mixer.new_cache(batch) for layer in self.backbone.layers]
+        return [layer.mixer.new_cache(batch) for layer in self.backbone.blocks()]
 
     def step(self, tokens: Tensor, cache: list) -> Tensor:
         """Logits after one more token, (batch, 1) -> (batch, 1, vocab_size/tp); `cache` is brought up to date."""
         if self.parallel.sequence_parallel or self.groups.cp.size > 1:
             raise ValueError("step takes one token at a time: cp must be 1 and sequence_parallel off")
         x = self.backbone.embedding(tokens)
-        for layer, memory in zip(self.backbone.layers, cache, strict=True):
+        for layer, memory in zip(self.backbone.blocks(), cache, strict=True):
             x = layer.step(x, memory)
         return self._logits(self.backbone.norm_f(x))
 

@@ -1,5 +1,8 @@
 """The pre-norm residual block around any mixer, and the stack that a pattern describes."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 from mamba2_dist.config import HybridConfig
@@ -16,7 +19,9 @@ from .norm import RMSNorm
 class Block(nn.Module):
     """x + mixer(norm(x))."""
 
-    def __init__(self, norm: nn.Module, mixer: nn.Module):
+    mixer: Mamba2Mixer | Attention | MLP
+
+    def __init__(self, norm: RMSNorm, mixer: Mamba2Mixer | Attention | MLP):
         super().__init__()
         self.norm, self.mixer = norm, mixer
 
@@ -24,7 +29,7 @@ class Block(nn.Module):
         """(batch, seqlen/cp, d_model) -> the same."""
         return x + self.mixer(self.norm(x), segments)
 
-    def step(self, x: Tensor, cache: object) -> Tensor:
+    def step(self, x: Tensor, cache: Any) -> Tensor:
         """One token, (batch, 1, d_model) -> the same; `cache` is the mixer's."""
         return x + self.mixer.step(self.norm(x), cache)
 
@@ -39,7 +44,7 @@ def hybrid_layers(
 ) -> nn.ModuleList:
     """The blocks of `config.pattern`, parameters allocated but not drawn."""
     shared = {"sequence_parallel": sequence_parallel, "residual_layers": len(config.pattern), **factory}
-    makers = {
+    makers: dict[str, Callable[[], Mamba2Mixer | Attention | MLP]] = {
         "M": lambda: Mamba2Mixer(
             config.mamba, config.d_model, groups, state_scan=state_scan, norm_eps=config.norm_eps, seed=None, **shared
         ),

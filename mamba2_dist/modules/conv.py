@@ -2,7 +2,7 @@
 
 import math
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba2_dist.kernels.conv1d import causal_conv1d
 from mamba2_dist.parallel.collectives import replicate_rows
@@ -20,6 +20,9 @@ class CausalConv1d(PartitionedModule):
 
     shared_by: the group that holds the shared channels too.
     """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
 
     def __init__(self, partition: Partition, width: int, cp: Group, *, shared_by: Group, **factory):
         super().__init__()
@@ -41,4 +44,5 @@ class CausalConv1d(PartitionedModule):
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token, (batch, 1, channels), after the inputs in `state`, (batch, width - 1, channels)."""
         weight, bias = self._parameters_to_use()
-        return causal_conv1d(x, weight, bias, initial_state=state, activation="silu", return_final_state=True)
+        y, final = causal_conv1d(x, weight, bias, initial_state=state, activation="silu", return_final_state=True)
+        return y, final

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba2_dist.parallel.collectives import all_gather, reduce, reduce_scatter, replicate
 from mamba2_dist.parallel.groups import Group
@@ -14,6 +14,8 @@ from .base import PartitionedModule
 
 class VocabParallelEmbedding(PartitionedModule):
     """Each tp rank holds a run of the vocabulary. Raises ValueError when tp does not divide it."""
+
+    weight: nn.Parameter
 
     def __init__(self, vocab_size: int, d_model: int, tp: Group, *, sequence_parallel: bool = False, **factory):
         super().__init__()
@@ -32,6 +34,8 @@ class VocabParallelEmbedding(PartitionedModule):
 
 class VocabParallelHead(PartitionedModule):
     """Logits of this rank's run of the vocabulary."""
+
+    weight: nn.Parameter
 
     def __init__(self, vocab_size: int, d_model: int, tp: Group, *, sequence_parallel: bool = False, **factory):
         super().__init__()

@@ -1,7 +1,7 @@
 """Linear layers split over tensor-parallel ranks."""
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba2_dist.parallel.collectives import all_gather, reduce, reduce_scatter, replicate, replicate_rows
 from mamba2_dist.parallel.groups import Group
@@ -15,6 +15,8 @@ class ColumnParallelLinear(PartitionedModule):
 
     partition: the rows this rank holds; shared_by: the group that holds its shared parts too.
     """
+
+    weight: nn.Parameter
 
     def __init__(
         self,
@@ -44,6 +46,8 @@ class ColumnParallelLinear(PartitionedModule):
 
 class RowParallelLinear(PartitionedModule):
     """y = u W^T with the columns of W split over `tp`; the partial products are summed over it."""
+
+    weight: nn.Parameter
 
     def __init__(
         self,

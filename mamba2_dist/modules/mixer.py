@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba2_dist.config import Mamba2Config
 from mamba2_dist.kernels.ssd import discretize, mamba_chunk_scan_combined, ssd_matrix
@@ -39,6 +39,10 @@ class Mamba2Mixer(PartitionedModule):
     seed: parameters are drawn from it, the same for any split; None: left for `initialize`.
     Raises ValueError when heads or groups do not fit tp.
     """
+
+    dt_bias: nn.Parameter
+    A_log: nn.Parameter
+    D: nn.Parameter
 
     def __init__(
         self,

@@ -30,8 +30,9 @@ class MLP(PartitionedModule):
         self.activation, tp, d_ff = config.activation, groups.tp, config.width(d_model)
         inner = split("", "d_ff", d_ff, tp.size, tp.rank)
         names = ("gate", "up") if self.activation == "swiglu" else ("",)
+        parts = tuple(split(name, "d_ff", d_ff, tp.size, tp.rank) for name in names)
         self.fc1 = ColumnParallelLinear(
-            d_model, Partition(tuple(split(name, "d_ff", d_ff, tp.size, tp.rank) for name in names)), tp, init.projection(d_model),
+            d_model, Partition(parts), tp, init.projection(d_model),
             shared_by=groups.tp_part(1), sequence_parallel=sequence_parallel, **factory,
         )  # fmt: skip
         self.fc2 = RowParallelLinear(

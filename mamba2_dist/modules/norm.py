@@ -1,6 +1,6 @@
 """RMS norms with their weights."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba2_dist.kernels.norm import gated_rmsnorm
 from mamba2_dist.parallel.collectives import replicate
@@ -14,6 +14,8 @@ from .base import PartitionedModule
 
 class RMSNorm(PartitionedModule):
     """x / sqrt(mean(x^2) + eps) * weight; under sequence parallelism every tp rank norms its own tokens."""
+
+    weight: nn.Parameter
 
     def __init__(self, width: int, eps: float, tp: Group, *, sequence_parallel: bool = False, **factory):
         super().__init__()
@@ -31,6 +33,8 @@ class GatedRMSNorm(PartitionedModule):
 
     group_size: channels of a whole group; group: the ranks that share one.
     """
+
+    weight: nn.Parameter
 
     def __init__(
         self, partition: Partition, group: Group, *, eps: float, group_size: int, norm_before_gate: bool, **factory

@@ -5,7 +5,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from .collectives import all_gather
 from .groups import Group
@@ -29,9 +29,10 @@ def attention_over_segments(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable
     if plain:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     elif q.is_cuda and q.dtype != torch.float64:
-        y = _compiled_flex()(q, k, v, block_mask=_block_mask(table, group.rank, q.device), enable_gqa=grouped)
+        blocks = table.local(group.rank).kept(("blocks", q.device), lambda: _block_mask(table, group.rank, q.device))
+        y = _compiled_flex()(q, k, v, block_mask=blocks, enable_gqa=grouped)
     else:
-        mask = _kept(table, group.rank, "mask", q.device, _mask)
+        mask = table.local(group.rank).kept(("mask", q.device), lambda: _mask(table, group.rank).to(q.device))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     return y.transpose(1, 2)
 
@@ -59,17 +60,11 @@ def _gather_rows(local: Tensor, table: SegmentTable, group: Group) -> Tensor:
     if padding:
         local = F.pad(local, (0, 0) * (local.ndim - 2) + (0, padding))
     gathered = all_gather(local, group, dim=1)
-    return gathered.index_select(1, _kept(table, group.rank, "order", local.device, _causal_order))
+    order = table.local(group.rank).kept(("order", local.device), lambda: _causal_order(table).to(local.device))
+    return gathered.index_select(1, order)
 
 
-def _kept(table: SegmentTable, rank: int, name: str, device: torch.device, build) -> Tensor:
-    cache = table.local(rank)._cache
-    if (name, device) not in cache:
-        cache[name, device] = build(table, rank).to(device)
-    return cache[name, device]
-
-
-def _causal_order(table: SegmentTable, rank: int) -> Tensor:
+def _causal_order(table: SegmentTable) -> Tensor:
     """(seqlen,) where each token stands among the gathered ones."""
     holder, place = table.owner
     longest = max(table.local(other).length for other in range(table.ranks))
@@ -84,19 +79,15 @@ def _mask(table: SegmentTable, rank: int) -> Tensor:
     return ((key >= first) & (key <= query[:, None]))[:, None]
 
 
-def _block_mask(table: SegmentTable, rank: int, device: torch.device):
-    cache = table.local(rank)._cache
-    if ("block mask", device) not in cache:
-        query = table.local(rank).tensor("positions", device)
-        first = torch.from_numpy(table.document_starts).to(device)[:, query]
+def _block_mask(table: SegmentTable, rank: int, device: torch.device) -> BlockMask:
+    """The same for FlexAttention, which skips blocks that nobody sees."""
+    query = table.local(rank).tensor("positions", device)
+    first = torch.from_numpy(table.document_starts).to(device)[:, query]
 
-        def sees(batch, head, q, k):
-            return (k >= first[batch, q]) & (k <= query[q])
+    def sees(batch, head, q, k):
+        return (k >= first[batch, q]) & (k <= query[q])
 
-        cache["block mask", device] = create_block_mask(
-            sees, table.batch, None, len(query), table.seqlen, device=device
-        )
-    return cache["block mask", device]
+    return create_block_mask(sees, table.batch, None, len(query), table.seqlen, device=device)
 
 
 @functools.cache

@@ -3,15 +3,17 @@
 What stands behind the adjoints: a tensor is either *replicated* over a group (all ranks hold it and compute the same
 from it), or *partial* (the sum over ranks is meant), or *sharded*.
 
-| function       | forward                 | backward       | takes a tensor that is | gives one that is |
-|----------------|-------------------------|----------------|------------------------|-------------------|
-| replicate      | nothing                 | all-reduce     | replicated             | used differently on each rank |
-| replicate_rows | nothing                 | all-reduce of some rows | partly replicated | used differently on each rank |
-| reduce         | all-reduce              | nothing        | partial                | replicated |
-| all_reduce     | all-reduce              | all-reduce     | partial                | used differently on each rank |
-| all_gather     | all-gather              | reduce-scatter | sharded                | used differently on each rank |
-| reduce_scatter | reduce-scatter          | all-gather     | partial                | sharded |
-| all_to_all     | all-to-all, given splits | all-to-all     | sharded                | sharded |
+| function       | forward        | backward            | takes           | gives           |
+|----------------|----------------|---------------------|-----------------|-----------------|
+| replicate      | nothing        | all-reduce          | replicated      | used apart      |
+| replicate_rows | nothing        | all-reduce, of rows | partly the same | used apart      |
+| reduce         | all-reduce     | nothing             | partial         | replicated      |
+| all_reduce     | all-reduce     | all-reduce          | partial         | used apart      |
+| all_gather     | all-gather     | reduce-scatter      | sharded         | used apart      |
+| reduce_scatter | reduce-scatter | all-gather          | partial         | sharded         |
+| all_to_all     | all-to-all     | all-to-all          | sharded         | sharded         |
+
+A result is "used apart" when every rank goes on with it in its own way, so that gradients differ and their sum counts.
 """
 
 from collections.abc import Sequence

@@ -8,7 +8,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mamba2_dist.kernels.common.checks import check_positive
 
-
 AXES = ("tp", "cp", "pp", "dp")
 
 
@@ -41,6 +40,10 @@ class ParallelGroups:
     Without `torch.distributed` every size must be 1. Raises ValueError for sizes that do not fill the world.
     """
 
+    data_mesh: DeviceMesh | None
+    """The data group as a mesh, for FSDP."""
+    _tp_parts: dict[int, Group]
+
     def __init__(self, tp: int = 1, cp: int = 1, pp: int = 1, dp: int | None = None, *, device_type: str | None = None):
         for name, size in (("tp", tp), ("cp", cp), ("pp", pp), ("dp", 1 if dp is None else dp)):
             check_positive(name, size)
@@ -56,8 +59,8 @@ class ParallelGroups:
         if not dist.is_initialized():
             return
         device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.mesh = init_device_mesh(device_type, (pp, dp, cp, tp), mesh_dim_names=("pp", "dp", "cp", "tp"))
-        self.tp, self.cp, self.pp, self.dp = (Group.of(name, self.mesh.get_group(name)) for name in AXES)
+        mesh = init_device_mesh(device_type, (pp, dp, cp, tp), mesh_dim_names=("pp", "dp", "cp", "tp"))
+        self.tp, self.cp, self.pp, self.dp = (Group.of(name, mesh.get_group(name)) for name in AXES)
         joined = init_device_mesh(device_type, (pp, dp * cp, tp), mesh_dim_names=("pp", "data", "tp"))
         self.data_mesh = joined["data"]
         self.data = Group.of("data", joined.get_group("data"))
@@ -71,9 +74,8 @@ class ParallelGroups:
 
     def _set_alone(self) -> None:
         self.tp, self.cp, self.pp, self.dp, self.data = (Group(name) for name in (*AXES, "data"))
-        self.mesh: DeviceMesh | None = None
-        self.data_mesh: DeviceMesh | None = None
-        self._tp_parts: dict[int, Group] = {}
+        self.data_mesh = None
+        self._tp_parts = {}
 
     def tp_part(self, size: int) -> Group:
         """The `size` neighbouring tp ranks that this rank stands among, as a group of their own.

@@ -39,11 +39,7 @@ def conv_halo(x: Tensor, width: int, table: SegmentTable, group: Group) -> Tenso
 
 
 def _plan(table: SegmentTable, rank: int, before: int, device: torch.device) -> HaloPlan:
-    cache = table.local(rank)._cache
-    key = ("halo", before, device)
-    if key not in cache:
-        cache[key] = _make_plan(table, rank, before, device)
-    return cache[key]
+    return table.local(rank).kept(("halo", before, device), lambda: _make_plan(table, rank, before, device))
 
 
 def _make_plan(table: SegmentTable, rank: int, before: int, device: torch.device) -> HaloPlan:

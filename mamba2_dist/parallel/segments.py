@@ -1,8 +1,9 @@
 """How a sequence is cut: causal segments, who holds them, and where documents begin. All of it lives on the host."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from mamba2_dist.kernels.common.checks import check_positive
 from mamba2_dist.kernels.common.documents import Documents
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class LocalSegments:
         self.documents = Documents(offsets)
         self.first, self.last = first, last
         self.continues, self.passes = continues.astype(bool), continues.astype(bool) & (first == last)
-        self._cache: dict[tuple, Tensor] = {}
+        self._cache: dict[Hashable, Any] = {}
 
     @cached_property
     def positions(self) -> np.ndarray:
@@ -167,9 +170,12 @@ class LocalSegments:
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
         """One of `first`, `last`, `continues`, `passes` or `positions` on `device`; kept for the next layer."""
-        key = (name, device)
+        return self.kept((name, device), lambda: torch.as_tensor(getattr(self, name)).to(device))
+
+    def kept(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` gives, made once for this batch and kept for the next layer."""
         if key not in self._cache:
-            self._cache[key] = torch.as_tensor(getattr(self, name)).to(device)
+            self._cache[key] = make()
         return self._cache[key]
 
 

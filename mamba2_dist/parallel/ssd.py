@@ -1,6 +1,7 @@
 """The convolution and the SSD operator over a sequence cut across ranks."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def conv1d_over_segments(
     halo = conv_halo(x, weight.shape[1], table, group)
     pieces = table.local(group.rank).documents
     y = causal_conv1d(x.flatten(0, 1)[None], weight, bias, initial_state=halo, cu_seqlens=pieces, activation=activation)
-    return y.view(x.shape)
+    return cast(Tensor, y).view(x.shape)
 
 
 def ssd_over_segments(

@@ -98,17 +98,13 @@ def _prefix(states: Tensor, decays: Tensor, chain: Iterable[tuple[int, int]], ra
 def _ring(state: Tensor, decay: Tensor, chain: tuple[tuple[int, int], ...], group: Group) -> Tensor:
     """Hand the state along the chain; a rank waits for its predecessor only."""
     entering = torch.zeros_like(state)
+    leaving = torch.zeros_like(state[0]) if len(state) else state
     for link, (holder, slot) in enumerate(chain):
         if holder != group.rank:
             continue
-        if link > 0:
-            before = chain[link - 1][0]
-            if before != group.rank:
-                received = torch.empty_like(entering[slot])
-                dist.recv(received, group.ranks[before], group=group.handle)
-                entering[slot] = received
-            else:
-                entering[slot] = leaving
+        if link > 0 and chain[link - 1][0] != group.rank:
+            dist.recv(leaving, group.ranks[chain[link - 1][0]], group=group.handle)
+        entering[slot] = leaving
         leaving = decay[slot] * entering[slot] + state[slot]
         if link + 1 < len(chain) and chain[link + 1][0] != group.rank:
             ledger.enter("send", group.name, leaving)

@@ -108,7 +108,7 @@ def load_model(model: nn.Module, path: Path) -> None:
 
 
 def check_identity(path: Path, identity: dict) -> None:
-    """Raise ValueError unless the checkpoint at `path` is of this model and this data, naming the fields that differ."""
+    """Raise ValueError unless the checkpoint at `path` is of this model and data, naming the fields that differ."""
     saved, wanted = _flat(read_json(path / "identity.json")), _flat(json.loads(json.dumps(identity)))
     # the chunk size changes speed, not the model
     differing = [

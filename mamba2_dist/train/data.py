@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from .config import DataConfig
@@ -72,7 +73,7 @@ class TokenFile:
 class Corpus:
     """A tokenizer and the two splits it was applied to."""
 
-    tokenizer: object
+    tokenizer: Tokenizer
     train: TokenFile
     validation: TokenFile
     token_bytes: np.ndarray
@@ -117,12 +118,10 @@ def prepare(config: DataConfig, vocab_size: int) -> Path:
 
 def load(folder: Path, seqlen: int) -> Corpus:
     """What `prepare` left in a folder."""
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     meta = json.loads((folder / "meta.json").read_text())
-    splits = (TokenFile(folder, split, seqlen) for split in ("train", "validation"))
-    return Corpus(tokenizer, *splits, np.asarray(meta["token_bytes"]), meta["digest"])
+    train, validation = (TokenFile(folder, split, seqlen) for split in ("train", "validation"))
+    return Corpus(tokenizer, train, validation, np.asarray(meta["token_bytes"]), meta["digest"])
 
 
 def _existing(path: str) -> Path:
@@ -132,8 +131,6 @@ def _existing(path: str) -> Path:
 
 
 def _tokenizer(config: DataConfig, vocab_size: int, files: list[Path]):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     if config.tokenizer is not None:
         try:
             tokenizer = Tokenizer.from_file(config.tokenizer)

@@ -1,5 +1,6 @@
 """Floating-point work of a model, the peak of a device, and the record of a run."""
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def attention_flops(config: HybridConfig, documents: Sequence[Sequence[int]]) ->
     layers = config.pattern.count("*")
     if layers == 0:
         return 0.0
-    pairs = sum((b - a) * (b - a + 1) / 2 for row in documents for a, b in zip(row, row[1:], strict=False))
+    pairs = sum((b - a) * (b - a + 1) / 2 for row in documents for a, b in itertools.pairwise(row))
     return 4.0 * layers * config.attention.heads(config.d_model)[0] * config.attention.head_dim * pairs
 
 

@@ -14,7 +14,6 @@ class Report:
 
     def __init__(self, config: TrainConfig, folder: Path, *, speaks: bool):
         self.config, self.folder, self.speaks = config, folder, speaks
-        self.bar = None
 
     def already_finished(self, checkpoint: Path) -> None:
         """There is nothing left to do."""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from mamba2_dist.config import AttentionConfig, HybridConfig, Mamba2Config, MLPConfig, _positive, _require
 from mamba2_dist.models.generate import generate
 from mamba2_dist.models.hybrid_model import HybridModel
@@ -37,8 +39,6 @@ class SampleConfig:
 
 def sample(config: SampleConfig) -> str:
     """The prompt and what the model adds. Raises ValueError when the run has no checkpoint."""
-    from tokenizers import Tokenizer
-
     folder = Path(config.run)
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
     steps = checkpoints.steps()

@@ -8,11 +8,12 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mamba2_dist.models.hybrid_model import HybridModel, check_split
@@ -155,7 +156,8 @@ class Trainer:
         self.sharded = True
         for layer in model.backbone.layers:
             fully_shard(layer, mesh=self.groups.data_mesh)
-        return fully_shard(model, mesh=self.groups.data_mesh)
+        fully_shard(model, mesh=self.groups.data_mesh)
+        return model
 
     def _update(self) -> dict:
         """One optimizer step on the next global batch; the numbers of the step."""
@@ -165,7 +167,7 @@ class Trainer:
         counted = torch.tensor([sum(int((window.labels >= 0).sum()) for window in windows)], device=self.device)
         counted = sum_over(counted, self.groups.dp)
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
-        documents = []
+        documents: list = []
         for begin in range(0, self.share, self.micro):
             last = begin + self.micro == self.share
             batch = self._local(windows[begin : begin + self.micro])
@@ -211,7 +213,7 @@ class Trainer:
                 yield
             return
         if self.sharded:
-            self.model.set_requires_gradient_sync(now)
+            cast(FSDPModule, self.model).set_requires_gradient_sync(now)
         yield
 
     def _speed(self, started: float, documents: list) -> dict:
@@ -259,7 +261,7 @@ class Trainer:
                     sums[1] += len(labels)
                     sums[2] += int(self.corpus.token_bytes[labels].sum())
         if self.sharded:
-            self.model.reshard()  # without a backward the root's parameters would stay whole
+            cast(FSDPModule, self.model).reshard()  # without a backward the root's parameters would stay whole
         nats, tokens, size = sum_over(sums, self.groups.data).tolist()
         return {"validation": nats / tokens, "bits_per_byte": nats / math.log(2) / size}
 

@@ -87,7 +87,7 @@ class WholeTensor(Tensor):
             return args[0]
         raise NotImplementedError(f"{function} on a WholeTensor: this process holds only boxes of it")
 
-    def __repr__(self, *args, **kwargs) -> str:
+    def __repr__(self, *, tensor_contents=None):
         return f"WholeTensor({tuple(self.shape)}, boxes at {list(self.boxes)})"
 
     def _chunk(self, start: tuple[int, ...]) -> ChunkStorageMetadata:

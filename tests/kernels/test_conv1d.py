@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from mamba2_dist.kernels.conv1d import causal_conv1d, causal_conv1d_reference
 
 from ..tolerances import RELATIVE, assert_close

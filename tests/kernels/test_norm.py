@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from mamba2_dist.kernels.norm import gated_rmsnorm, gated_rmsnorm_reference, square_sums
 
 from ..tolerances import RELATIVE, assert_close

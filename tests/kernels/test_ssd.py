@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from mamba2_dist.kernels.common.documents import Documents
 from mamba2_dist.kernels.ssd import SSDSpan, discretize, mamba_chunk_scan_combined, ssd_matrix, ssd_recurrence
 from mamba2_dist.kernels.ssd.reference import skip

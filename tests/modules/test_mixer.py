@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-
-from mamba2_dist import Mamba2Config, Mamba2Mixer, ParallelGroups, SegmentTable
 from mamba2_dist.kernels.conv1d import causal_conv1d
 from mamba2_dist.kernels.norm import gated_rmsnorm_reference
 from mamba2_dist.kernels.ssd import ssd_recurrence
+
+from mamba2_dist import Mamba2Config, Mamba2Mixer, ParallelGroups, SegmentTable
 from mamba2_dist.modules.base import named_records
 from mamba2_dist.parallel.ledger import record_collectives
 

@@ -6,7 +6,24 @@ from pathlib import Path
 from mamba2_dist.config import AttentionConfig, HybridConfig, Mamba2Config, ParallelConfig
 from mamba2_dist.train.config import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
-WORDS = "state space model scan chunk rank head group token decay gate norm mix halo send ring".split()
+WORDS = [
+    "state",
+    "space",
+    "model",
+    "scan",
+    "chunk",
+    "rank",
+    "head",
+    "group",
+    "token",
+    "decay",
+    "gate",
+    "norm",
+    "mix",
+    "halo",
+    "send",
+    "ring",
+]
 
 
 def write_texts(folder: Path, files: int = 40) -> Path:

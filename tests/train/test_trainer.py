@@ -132,9 +132,9 @@ def test_resuming_on_one_rank_changes_no_digit(tmp_path):
 def test_another_run_is_not_continued(tmp_path):
     _run(tmp_path, steps=2, schedule=small_run(tmp_path).schedule.__class__(warmup_steps=1))
     model = replace(small_run(tmp_path).model, norm_eps=1e-6)
-    with pytest.raises(AssertionError, match="model.norm_eps is 1e-05 there and 1e-06 here"):
+    with pytest.raises(AssertionError, match=r"model\.norm_eps is 1e-05 there and 1e-06 here"):
         _run(tmp_path, model=model)
-    with pytest.raises(AssertionError, match="data.seed is 0 there and 1 here"):
+    with pytest.raises(AssertionError, match=r"data\.seed is 0 there and 1 here"):
         _run(tmp_path, seed=1)
 
 

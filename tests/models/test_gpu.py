@@ -1,0 +1,45 @@
+"""A whole model on a GPU against float64 on the CPU, documents, zigzag and FlexAttention included."""
+
+import pytest
+import torch
+
+from mamba2_dist import AttentionConfig, HybridConfig, HybridModel, Mamba2Config, SegmentTable
+
+from ..tolerances import RELATIVE, assert_close
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = HybridConfig(
+    pattern="M*-M",
+    d_model=128,
+    vocab_size=512,
+    mamba=Mamba2Config(d_state=32, headdim=32, ngroups=2, chunk_size=64),
+    attention=AttentionConfig(head_dim=32, nheads_kv=2, rope_theta=1e4),
+)
+SEQLEN, DOCUMENTS = 300, [[0, 1, 130, 300], [0, 300]]
+
+
+def _losses_and_gradients(device: str, dtype: torch.dtype, table: SegmentTable, autocast: bool):
+    model = HybridModel(CONFIG, device=device, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    tokens, labels = (torch.randint(0, 512, (2, SEQLEN), generator=generator).to(device) for _ in range(2))
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        losses = model(table.shard(tokens, 0), table.shard(labels, 0), table)
+    losses.sum().backward()
+    whole = torch.empty(2, SEQLEN, dtype=losses.dtype)
+    whole[:, table.local(0).positions] = losses.detach().cpu()
+    return {"losses": whole, **{name: parameter.grad for name, parameter in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_against_float64(layout, packed, autocast):
+    documents = DOCUMENTS if packed else [[0, SEQLEN]] * 2
+    table = getattr(SegmentTable, layout)(SEQLEN, 1, documents=documents)
+    expected = _losses_and_gradients("cpu", torch.float64, table, False)
+    actual = _losses_and_gradients("cuda", torch.float32, table, autocast)
+    for name, tensor in expected.items():
+        # in bf16 the many small terms of A_log's and dt_bias' gradients cancel
+        bound = 5e-2 if autocast else 5 * RELATIVE[torch.float32]
+        assert_close(actual[name], tensor, bound, name)
