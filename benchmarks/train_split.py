@@ -35,9 +35,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         curves = {split: run(Path(folder), split, keys, options) for split, keys in SPLITS.items()}
     rows = [compare(split, curve, curves["one GPU"]) for split, curve in curves.items()]
-    print(
-        f"{'split':12} {'first loss':>10} {'last loss':>10} {'validation':>10} {'largest difference':>18} {'tokens/s':>10}"
-    )
+    heads = ("split", "first loss", "last loss", "validation", "largest difference", "tokens/s")
+    print("{:12} {:>10} {:>10} {:>10} {:>18} {:>10}".format(*heads))
     for row in rows:
         print(
             f"{row['case']:12} {row['first']:10.4f} {row['ours']:10.4f} {row['validation']:10.4f} "
@@ -58,7 +57,6 @@ def run(folder: Path, split: str, keys: list[str], options: argparse.Namespace) 
     ]  # fmt: skip
     config = str(ROOT / "examples" / "hybrid_20m.yaml")
     print(f"== {split}", flush=True)
-    # one GPU must not see the other, or FSDP and NCCL are not what is compared
     subprocess.run(
         [sys.executable, "-m", "mamba2_dist", "train", config, *fixed, *keys, *options.keys], cwd=ROOT, check=True
     )
