@@ -60,9 +60,10 @@ def causal_conv1d(
 
     flat = x.flatten(0, 1)
     weight = weight.to(x.dtype)
-    y = _inside(flat, weight, documents)
-    if initial_state is not None:
-        y = _add_initial(y, initial_state, weight, documents)
+    with torch.autocast(x.device.type, enabled=False):
+        y = _inside(flat, weight, documents)
+        if initial_state is not None:
+            y = _add_initial(y, initial_state, weight, documents)
     if bias is not None:
         y = y + bias.to(x.dtype)
     if activation == "silu":

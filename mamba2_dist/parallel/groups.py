@@ -36,7 +36,7 @@ class ParallelGroups:
     `data` joins dp and cp: parameters are the same on all of it and gradients are summed over it.
 
     tp, cp, pp: sizes; dp: size, or None for whatever the world leaves.
-    device_type: "cpu" or "cuda"; None: "cuda" where there is one.
+    device_type: "cpu" or "cuda"; None: "cuda" where there is one and the processes do not speak gloo alone.
     Without `torch.distributed` every size must be 1. Raises ValueError for sizes that do not fill the world.
     """
 
@@ -58,7 +58,8 @@ class ParallelGroups:
         self._set_alone()
         if not dist.is_initialized():
             return
-        device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device_type is None:
+            device_type = "cuda" if torch.cuda.is_available() and dist.get_backend() != "gloo" else "cpu"
         mesh = init_device_mesh(device_type, (pp, dp, cp, tp), mesh_dim_names=("pp", "dp", "cp", "tp"))
         self.tp, self.cp, self.pp, self.dp = (Group.of(name, mesh.get_group(name)) for name in AXES)
         joined = init_device_mesh(device_type, (pp, dp * cp, tp), mesh_dim_names=("pp", "data", "tp"))
