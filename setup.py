@@ -6,9 +6,19 @@ from setuptools import find_packages, setup
 
 kernels = find_packages("kernels")
 
-train = ["tokenizers>=0.20", "jsonargparse[signatures]>=4.35", "tensorboard>=2.15", "matplotlib>=3.8", "tqdm>=4.66"]
-test = [*train, "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=4.46"]
-lint = ["ruff==0.15.2", "codespell>=2.3", "pyright>=1.1.390"]
+train = [
+    "tokenizers>=0.20",
+    "jsonargparse>=4.35",
+    "docstring-parser>=0.16",
+    "tensorboard>=2.15",
+    "matplotlib>=3.8",
+    "tqdm>=4.66",
+]
+test = [*train, "setuptools>=68", "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=4.46"]
+megatron = ["megatron-core>=0.16.1"]
+deepspeed = ["deepspeed>=0.16"]
+hf = ["transformers>=4.46", "safetensors>=0.4"]
+lint = ["ruff==0.17.6", "codespell==2.4.3", "mypy==2.4.1"]
 
 setup(
     name="mamba2-dist",
@@ -19,7 +29,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "numpy>=1.26"],
-    extras_require={"train": train, "test": test, "lint": lint},
+    extras_require={
+        "train": train,
+        "test": test,
+        "lint": lint,
+        "megatron": megatron,
+        "deepspeed": deepspeed,
+        "hf": hf,
+    },
     entry_points={"console_scripts": ["mamba2-dist=mamba2_dist.cli:main"]},
     packages=find_packages(include=["mamba2_dist", "mamba2_dist.*"])
     + [f"mamba2_dist.kernels.{name}" for name in kernels],

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, NoReturn
 
 USAGE = """usage: mamba2-dist COMMAND ...
@@ -72,25 +72,20 @@ def _doctor(arguments: list[str]) -> None:
 
 def parse(kind: type, command: str, arguments: Sequence[str], *, with_file: bool = False):
     """A configuration from `[FILE.yaml] key=value ...`. Raises ValueError for keys and values that do not fit."""
-    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentError, ArgumentParser
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    file = "CONFIG.yaml " if with_file else ""
-    parser = ArgumentParser(
-        prog=f"mamba2-dist {command}",
-        usage=f"mamba2-dist {command} {file}[key=value ...]",
-        exit_on_error=False,
-        description=kind.__doc__,
-    )
+    file = "CONFIG.yaml" if with_file else "RUN"
+    parser = ArgumentParser(exit_on_error=False)
     if with_file:
-        parser.add_argument("--config", action="config", help="a YAML file with any of the keys below")
+        parser.add_argument("--config", action="config")
     parser.add_class_arguments(kind, as_group=False)
     given = []
     for argument in arguments:
         key, equals, _value = argument.partition("=")
         if argument in ("-h", "--help"):
-            given.append("--help")
-        elif equals and re.fullmatch(r"[A-Za-z_][\w.]*", key):
+            print(_help(kind, command, file))
+            raise SystemExit(0)
+        if equals and re.fullmatch(r"[A-Za-z_][\w.]*", key):
             _check_key(kind, key)
             given.append(f"--{argument}")
         elif with_file and not argument.startswith("-"):
@@ -106,6 +101,30 @@ def parse(kind: type, command: str, arguments: Sequence[str], *, with_file: bool
         raise ValueError(_plain(error)) from None
     options.pop("config", None)
     return kind(**options)
+
+
+_YAML = {MISSING: "", None: "null", True: "true", False: "false"}
+
+
+def _help(kind: type, command: str, file: str) -> str:
+    """Every key with its default and what it means, as the dataclasses say."""
+    import docstring_parser
+
+    lines = [f"usage: mamba2-dist {command} {file} [key=value ...]", "", str(kind.__doc__), ""]
+
+    def describe(group: Any, prefix: str) -> None:
+        about = {item.arg_name: item.description for item in docstring_parser.parse_from_object(group).params}
+        nested = [item for item in fields(group) if is_dataclass(item.type)]
+        for item in fields(group):
+            if item not in nested:
+                default = _YAML.get(item.default, item.default)
+                lines.append(f"  {f'{prefix}{item.name}={default}':38} {about[item.name]}")
+        for item in nested:
+            lines.extend(["", f"{prefix}{item.name}: {about[item.name]}"])
+            describe(item.type, f"{prefix}{item.name}.")
+
+    describe(kind, "")
+    return "\n".join(lines)
 
 
 def _plain(error: BaseException) -> str:
