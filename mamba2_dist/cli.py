@@ -103,7 +103,7 @@ def parse(kind: type, command: str, arguments: Sequence[str], *, with_file: bool
     return kind(**options)
 
 
-_YAML = {MISSING: "", None: "null", True: "true", False: "false"}
+_YAML = {str(MISSING): "", "None": "null", "True": "true", "False": "false"}
 
 
 def _help(kind: type, command: str, file: str) -> str:
@@ -117,7 +117,7 @@ def _help(kind: type, command: str, file: str) -> str:
         nested = [item for item in fields(group) if is_dataclass(item.type)]
         for item in fields(group):
             if item not in nested:
-                default = _YAML.get(item.default, item.default)
+                default = _YAML.get(str(item.default), item.default)
                 lines.append(f"  {f'{prefix}{item.name}={default}':38} {about[item.name]}")
         for item in nested:
             lines.extend(["", f"{prefix}{item.name}: {about[item.name]}"])
