@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         commands[arguments[0]](arguments[1:])
     except ValueError as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(f"{error}; check that the path exists and may be written")
     except KeyboardInterrupt:
         _fail("interrupted; run the same command to go on")
 
@@ -36,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _train(arguments: list[str]) -> None:
     from mamba2_dist.train.config import TrainConfig
 
+    if not arguments:
+        _fail("train needs a CONFIG.yaml or key=value, such as examples/hybrid.yaml; see train --help")
     config = parse(TrainConfig, "train", arguments, with_file=True)
     if "RANK" not in os.environ and config.parallel.processes > 1:
         from mamba2_dist.launch import launch
@@ -173,6 +177,6 @@ def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _fail(message: str) -> NoReturn:
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"mamba2-dist: error: {message}", file=sys.stderr)
+    rank = int(os.environ.get("RANK", 0))
+    print(f"{f'[rank {rank}] ' if rank else ''}mamba2-dist: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)

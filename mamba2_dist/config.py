@@ -4,18 +4,34 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mamba2_dist.kernels.common.checks import check_choice, check_positive
+
 Activation = Literal["swiglu", "relu2", "gelu"]
 
 
-def _require(holds: bool, message: str) -> None:
+def require(holds: bool, message: str) -> None:
+    """Raise ValueError with `message` unless it holds."""
     if not holds:
         raise ValueError(message)
 
 
-def _positive(config: object, *names: str) -> None:
+def check_positive_fields(config: object, *names: str) -> None:
+    """Raise ValueError unless every named field is above 0 and finite, or None."""
     for name in names:
         value = getattr(config, name)
-        _require(value is None or value > 0, f"{name} must be above 0, got {value}")
+        if value is not None:
+            check_positive(name, value)
+
+
+def check_choice_field(config: object, name: str, *choices: str) -> None:
+    """Raise ValueError unless the named field is one of `choices`."""
+    check_choice(name, getattr(config, name), choices)
+
+
+def check_range(name: str, bounds: tuple[float, float]) -> None:
+    """Raise ValueError unless bounds are (low, high), above 0 and finite."""
+    low, high = bounds
+    require(0 < low <= high < math.inf, f"{name} must be (low, high) with 0 < low <= high and finite, got {bounds}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,24 +64,23 @@ class Mamba2Config:
     """Lowest initial step size."""
 
     def __post_init__(self):
-        _positive(self, "d_state", "headdim", "expand", "ngroups", "d_conv", "chunk_size", "dt_init_floor")
-        _require(2 <= self.d_conv <= 8, f"d_conv must lie in 2..8, got {self.d_conv}")
-        for name in ("A_init_range", "dt_init_range"):
-            low, high = getattr(self, name)
-            _require(0 < low <= high, f"{name} must be (low, high) with 0 < low <= high, got {(low, high)}")
+        check_positive_fields(self, "d_state", "headdim", "expand", "ngroups", "d_conv", "chunk_size", "dt_init_floor")
+        require(2 <= self.d_conv <= 8, f"d_conv must lie in 2..8, got {self.d_conv}")
+        check_range("A_init_range", self.A_init_range)
+        check_range("dt_init_range", self.dt_init_range)
         low, high = self.dt_limit
-        _require(0 <= low <= high, f"dt_limit must be (low, high) with 0 <= low <= high, got {self.dt_limit}")
+        require(0 <= low <= high, f"dt_limit must be (low, high) with 0 <= low <= high, got {self.dt_limit}")
 
     def d_inner(self, d_model: int) -> int:
         """Inner channels of a mixer of width `d_model`; raises ValueError when they do not fill heads and groups."""
         d_inner = round(self.expand * d_model)
-        _require(
+        require(
             abs(d_inner - self.expand * d_model) < 1e-6,
             f"expand ({self.expand}) * d_model ({d_model}) must be a whole number of channels",
         )
-        _require(d_inner % self.headdim == 0, f"d_inner ({d_inner}) must be divisible by headdim ({self.headdim})")
+        require(d_inner % self.headdim == 0, f"d_inner ({d_inner}) must be divisible by headdim ({self.headdim})")
         nheads = d_inner // self.headdim
-        _require(nheads % self.ngroups == 0, f"nheads ({nheads}) must be divisible by ngroups ({self.ngroups})")
+        require(nheads % self.ngroups == 0, f"nheads ({nheads}) must be divisible by ngroups ({self.ngroups})")
         return d_inner
 
     def nheads(self, d_model: int) -> int:
@@ -87,8 +102,8 @@ class AttentionConfig:
     """Base of rotary position embeddings; None: none, as published for Mamba-2 hybrids."""
 
     def __post_init__(self):
-        _positive(self, "nheads", "head_dim", "nheads_kv", "rope_theta")
-        _require(
+        check_positive_fields(self, "nheads", "head_dim", "nheads_kv", "rope_theta")
+        require(
             self.rope_theta is None or self.head_dim % 2 == 0,
             f"head_dim ({self.head_dim}) must be even for rotary embeddings; change it or leave rope_theta empty",
         )
@@ -97,13 +112,13 @@ class AttentionConfig:
         """Query heads and key/value heads at width `d_model`; raises ValueError when they do not fit."""
         nheads = self.nheads
         if nheads is None:
-            _require(
+            require(
                 d_model % self.head_dim == 0,
                 f"d_model ({d_model}) must be divisible by head_dim ({self.head_dim}), or set attention.nheads",
             )
             nheads = d_model // self.head_dim
         nheads_kv = self.nheads_kv or nheads
-        _require(nheads % nheads_kv == 0, f"attention.nheads ({nheads}) must be divisible by nheads_kv ({nheads_kv})")
+        require(nheads % nheads_kv == 0, f"attention.nheads ({nheads}) must be divisible by nheads_kv ({nheads_kv})")
         return nheads, nheads_kv
 
 
@@ -117,8 +132,8 @@ class MLPConfig:
     """"swiglu" (gated), "relu2" (squared ReLU) or "gelu"."""
 
     def __post_init__(self):
-        _positive(self, "d_ff")
-        _require(
+        check_positive_fields(self, "d_ff")
+        require(
             self.activation in ("swiglu", "relu2", "gelu"),
             f"activation must be swiglu, relu2 or gelu, got {self.activation!r}",
         )
@@ -152,12 +167,12 @@ class HybridConfig:
     """The - layers."""
 
     def __post_init__(self):
-        _positive(self, "d_model", "vocab_size", "norm_eps")
-        _require(len(self.pattern) > 0, "pattern must name at least one layer, as in 'M-M*'")
-        _require("|" not in self.pattern, f"pattern {self.pattern!r}: '|' (pipeline cut) needs a pipeline engine")
-        _require("E" not in self.pattern, f"pattern {self.pattern!r}: 'E' (mixture of experts) is not supported")
+        check_positive_fields(self, "d_model", "vocab_size", "norm_eps")
+        require(len(self.pattern) > 0, "pattern must name at least one layer, as in 'M-M*'")
+        require("|" not in self.pattern, f"pattern {self.pattern!r}: '|' (pipeline cut) needs a pipeline engine")
+        require("E" not in self.pattern, f"pattern {self.pattern!r}: 'E' (mixture of experts) is not supported")
         wrong = sorted(set(self.pattern) - set("M*-"))
-        _require(not wrong, f"pattern {self.pattern!r} has {', '.join(map(repr, wrong))}; layers are M (Mamba-2), *, -")
+        require(not wrong, f"pattern {self.pattern!r} has {', '.join(map(repr, wrong))}; layers are M (Mamba-2), *, -")
         if "M" in self.pattern:
             self.mamba.d_inner(self.d_model)
         if "*" in self.pattern:
@@ -184,11 +199,11 @@ class ParallelConfig:
     """Over dp x cp: shard parameters (FSDP2) or keep whole replicas (DDP)."""
 
     def __post_init__(self):
-        _positive(self, "tp", "cp", "dp")
-        _choice(self, "layout", "contiguous", "zigzag")
-        _choice(self, "state_scan", "all_gather", "ring")
-        _choice(self, "sharding", "fsdp", "ddp")
-        _require(
+        check_positive_fields(self, "tp", "cp", "dp")
+        check_choice_field(self, "layout", "contiguous", "zigzag")
+        check_choice_field(self, "state_scan", "all_gather", "ring")
+        check_choice_field(self, "sharding", "fsdp", "ddp")
+        require(
             not (self.sequence_parallel and self.tp == 1),
             "sequence_parallel splits over tp and needs tp above 1; set tp or leave it off",
         )
@@ -197,8 +212,3 @@ class ParallelConfig:
     def processes(self) -> int:
         """The fewest processes that fit."""
         return self.tp * self.cp * (self.dp or 1)
-
-
-def _choice(config: object, name: str, *choices: str) -> None:
-    value = getattr(config, name)
-    _require(value in choices, f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -12,7 +12,7 @@ FOREIGN = {"megatron", "deepspeed", "apex", "transformers", "transformer_engine"
 FORBIDDEN = {
     "kernels": {"torch.distributed"},
     "modules": {"torch.distributed", "triton"},
-    "models": {"torch.distributed", "triton"},
+    "models": {"torch.distributed", "triton", "mamba2_dist.parallel.collectives"},
 }
 
 
@@ -25,8 +25,12 @@ def _imports(path: Path) -> list[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(ROOT).with_suffix("").parts[: -node.level or None] if node.level else ()
+            if package[:1] == ("kernels",):
+                package = ("mamba2_dist", *package)
+            module = ".".join([*package, *([node.module] if node.module else [])])
+            names += [f"{module}.{alias.name}" for alias in node.names]
     return names
 
 

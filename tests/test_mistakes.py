@@ -9,6 +9,7 @@ import yaml
 from mamba2_dist.kernels.conv1d import causal_conv1d
 from mamba2_dist.kernels.norm import gated_rmsnorm
 from mamba2_dist.kernels.ssd import mamba_chunk_scan_combined
+from tokenizers import Tokenizer, models
 
 from mamba2_dist import (
     AttentionConfig,
@@ -54,6 +55,11 @@ def folder(tmp_path):
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "none").mkdir()
     (tmp_path / "tokenizer.json").write_text("{}")
+    words = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1, "<|end|>": 2}, unk_token="<unk>"))
+    words.save(str(tmp_path / "words.json"))
+    (tmp_path / "half.jsonl").write_text('{"text": "\\ud800"}\n')
+    (tmp_path / "damaged.jsonl.gz").write_bytes(gzip.compress(b"x" * 999)[:10] + b"\x07" * 40)
+    (tmp_path / "file").write_text("")
     return tmp_path
 
 
@@ -114,6 +120,17 @@ COMMANDS = [
     ("train good.yaml data.source=short.txt", "one window needs data.seqlen + 1 (33)"),
     ("train good.yaml data.tokenizer=missing.json", "data.tokenizer (missing.json) does not exist"),
     ("train good.yaml data.tokenizer=tokenizer.json", "data.tokenizer (tokenizer.json) is not a tokenizer.json"),
+    ("train good.yaml data.tokenizer=words.json", "must be byte-level, its decoder is None"),
+    ("train good.yaml data.end_token=</s> data.tokenizer=words.json", "has no token '</s>'; set data.end_token"),
+    ("train good.yaml data.source=half.jsonl", "half.jsonl:1: the text has half a surrogate pair; repair it"),
+    ("train good.yaml data.source=damaged.jsonl.gz", "damaged.jsonl.gz: not a whole gzip file"),
+    ("train good.yaml data.cache=file", "file"),
+    ("train good.yaml out=file", "file"),
+    ("train good.yaml seed=-1", "seed must not be below 0, got -1"),
+    ("train good.yaml prompt=", "prompt must not be empty"),
+    ("train good.yaml model.mamba.A_init_range=[1.0,.inf]", "0 < low <= high and finite"),
+    ("train good.yaml optimizer.lr=.inf", "lr must be above 0 and finite, got inf"),
+    ("train", "train needs a CONFIG.yaml or key=value"),
     ("sample nowhere", "run (nowhere) has no checkpoint; train it first"),
     ("sample nowhere tokens=0", "tokens must be above 0, got 0"),
     ("sample nowhere temperature=-1", "temperature must not be below 0, got -1"),

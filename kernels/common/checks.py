@@ -1,5 +1,6 @@
 """Argument checks that name the argument, what was expected and what came."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +27,9 @@ def check_divisible(name: str, value: int, divisor_name: str, divisor: int) -> N
 
 
 def check_positive(name: str, value: float) -> None:
-    """Raise ValueError unless `value` is above zero."""
-    if not value > 0:
-        raise ValueError(f"{name} must be above 0, got {value}")
+    """Raise ValueError unless `value` is above zero and finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be above 0{' and finite' if value > 0 else ''}, got {value}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

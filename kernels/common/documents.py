@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .transfer import to_device
+
 
 @dataclass(frozen=True)
 class ChunkLayout:
@@ -161,7 +163,7 @@ class Documents:
         if nchunks * chunk_size != self.tokens:
             padded_start = first_chunk[:-1] * chunk_size
             slots = np.arange(self.tokens) + np.repeat(padded_start - self.starts, self.lengths)
-        move = lambda array: torch.as_tensor(array, dtype=torch.int64).to(device)  # noqa: E731
+        move = lambda array: to_device(array, device)  # noqa: E731
         return ChunkLayout(
             nchunks=nchunks,
             slots=None if slots is None else move(slots),
@@ -175,5 +177,5 @@ class Documents:
     def _kept(self, name: Hashable, device: torch.device, build: Callable[[], Any]) -> Tensor:
         key = (name, device)
         if key not in self._cache:
-            self._cache[key] = torch.as_tensor(np.asarray(build()), dtype=torch.int64).to(device)
+            self._cache[key] = to_device(np.asarray(build(), dtype=np.int64), device)
         return self._cache[key]  # type: ignore[return-value]

@@ -30,7 +30,8 @@ def causal_conv1d(
     cu_seqlens: (documents + 1,) ascending offsets of documents packed in a batch of one; documents may be empty
 
     Returns y like x and, with `return_final_state`, the last width - 1 inputs of each row (with `cu_seqlens`, of each
-    document), shaped like `initial_state`. Raises ValueError for shapes that do not fit, naming the argument.
+    document), shaped like `initial_state`. Sums are float32, float64 when x is.
+    Raises ValueError for shapes that do not fit, naming the argument.
     """
     check_ndim("x", x, "(batch, seqlen, channels)")
     check_ndim("weight", weight, "(channels, width)")
@@ -56,22 +57,24 @@ def causal_conv1d(
     if initial_state is not None:
         axes = "(batch or documents, width - 1, channels)"
         check_shape("initial_state", initial_state, (documents.nrows, before, channels), axes)
-        initial_state = documents.enter(initial_state.to(x.dtype))
+        initial_state = documents.enter(initial_state)
 
-    flat = x.flatten(0, 1)
-    weight = weight.to(x.dtype)
+    # sums in float32 or wider, also their gradients
+    wide = torch.promote_types(x.dtype, torch.float32)
+    flat, weight = x.flatten(0, 1).to(wide), weight.to(wide)
+    initial_state = None if initial_state is None else initial_state.to(wide)
     with torch.autocast(x.device.type, enabled=False):
         y = _inside(flat, weight, documents)
         if initial_state is not None:
             y = _add_initial(y, initial_state, weight, documents)
     if bias is not None:
-        y = y + bias.to(x.dtype)
+        y = y + bias.to(wide)
     if activation == "silu":
         y = F.silu(y)
-    y = y.view(x.shape)
+    y = y.to(x.dtype).view(x.shape)
     if not return_final_state:
         return y
-    return y, documents.leave(_final_state(flat, initial_state, before, documents))
+    return y, documents.leave(_final_state(flat, initial_state, before, documents)).to(x.dtype)
 
 
 def _inside(x: Tensor, weight: Tensor, documents: Documents) -> Tensor:

@@ -124,7 +124,7 @@ def mamba_chunk_scan_combined(
 def _check(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, cu_seqlens, dt_limit, backend) -> None:
     check_choice("backend", backend, ("auto", "triton", "torch"))
     if backend == "triton":
-        raise NotImplementedError("backend 'triton' has no SSD kernel in this version; use 'auto' or 'torch'")
+        raise ValueError("backend 'triton' has no SSD kernel in this version; use 'auto' or 'torch'")
     check_positive("chunk_size", chunk_size)
     check_ndim("x", x, "(batch, seqlen, nheads, headdim)")
     check_ndim("B", B, "(batch, seqlen, ngroups, d_state)")

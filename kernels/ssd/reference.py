@@ -20,13 +20,13 @@ def discretize(
 ) -> Tensor:
     """The step size clamp(softplus(dt + dt_bias)), in float32 or wider.
 
-    dt: (..., nheads), dt_bias: (nheads,). Above 20 softplus is the identity to rounding.
+    dt: (..., nheads), dt_bias: (nheads,). Above 40 softplus is the identity to rounding.
     """
     dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
     if dt_bias is not None:
         dt = dt + dt_bias
     if dt_softplus:
-        dt = F.softplus(dt, threshold=20)
+        dt = F.softplus(dt, threshold=40)
     return dt if dt_limit == (0.0, math.inf) and dt_softplus else dt.clamp(*dt_limit)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mamba2_dist.parallel.collectives import gather_over
+from mamba2_dist.modules.embedding import gather_vocabulary
 
 from .hybrid_model import HybridModel
 
@@ -35,7 +35,7 @@ def generate(
     for token in prompt:
         logits = model.step(torch.tensor([[token]], device=device), cache)
     for _ in range(tokens):
-        token = _choose(gather_over(logits[0, 0], model.groups.tp).flatten(), temperature, top_k, generator)
+        token = _choose(gather_vocabulary(logits[0, 0], model.groups.tp), temperature, top_k, generator)
         if token == stop:
             break
         produced.append(token)

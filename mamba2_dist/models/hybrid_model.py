@@ -11,7 +11,7 @@ from mamba2_dist.modules.base import initialize
 from mamba2_dist.modules.block import Block, hybrid_layers
 from mamba2_dist.modules.embedding import VocabParallelEmbedding, VocabParallelHead, vocab_parallel_logits
 from mamba2_dist.modules.norm import RMSNorm
-from mamba2_dist.parallel.cross_entropy import vocab_parallel_cross_entropy
+from mamba2_dist.parallel.cross_entropy import IGNORED, vocab_parallel_cross_entropy
 from mamba2_dist.parallel.groups import Group, ParallelGroups
 from mamba2_dist.parallel.segments import SegmentTable
 
@@ -91,7 +91,7 @@ class HybridModel(nn.Module):
             if self.groups.cp.size > 1:
                 raise ValueError(f"segments must be given when cp ({self.groups.cp.size}) is above 1")
             segments = SegmentTable.contiguous(tokens.shape[1], 1, batch=tokens.shape[0])
-        self._check(tokens, segments)
+        self._check(tokens, labels, segments)
         logits = self._logits(self.backbone(tokens, segments))
         return logits if labels is None else vocab_parallel_cross_entropy(logits, labels, self.groups.tp)
 
@@ -114,8 +114,8 @@ class HybridModel(nn.Module):
         weight, tp = self.backbone.embedding.weight, self.groups.tp
         return vocab_parallel_logits(x, weight, tp, sequence_parallel=self.parallel.sequence_parallel)
 
-    def _check(self, tokens: Tensor, segments: SegmentTable) -> None:
-        cp, tp = self.groups.cp, self.groups.tp
+    def _check(self, tokens: Tensor, labels: Tensor | None, segments: SegmentTable) -> None:
+        cp, tp, vocab_size = self.groups.cp, self.groups.tp, self.config.vocab_size
         if segments.ranks != cp.size:
             raise ValueError(f"the segment table is made for {segments.ranks} ranks, cp is {cp.size}")
         length = segments.local(cp.rank).length
@@ -124,6 +124,13 @@ class HybridModel(nn.Module):
                 f"tokens must have shape (batch, this rank's tokens) = {(segments.batch, length)}, "
                 f"got {tuple(tokens.shape)}"
             )
+        if labels is not None and labels.shape != tokens.shape:
+            raise ValueError(f"labels must have the shape of tokens {tuple(tokens.shape)}, got {tuple(labels.shape)}")
+        if tokens.device.type == "cpu":  # a device would have to be waited for
+            for name, values in (("tokens", tokens), ("labels", labels)):
+                known = None if values is None else values[values != IGNORED]
+                if known is not None and known.numel() and not 0 <= int(known.min()) <= int(known.max()) < vocab_size:
+                    raise ValueError(f"{name} must lie in [0, vocab_size = {vocab_size}), got {int(known.max())}")
         if self.parallel.sequence_parallel and length % tp.size != 0:
             raise ValueError(
                 f"tokens of a cp rank ({length}) must be divisible by tp ({tp.size}) for sequence_parallel"

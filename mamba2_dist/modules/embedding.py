@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamba2_dist.parallel.collectives import all_gather, reduce, reduce_scatter, replicate
+from mamba2_dist.parallel.collectives import all_gather, gather_over, reduce, reduce_scatter, replicate
 from mamba2_dist.parallel.groups import Group
 from mamba2_dist.parallel.partition import Partition, split
 
@@ -52,3 +52,8 @@ def vocab_parallel_logits(u: Tensor, weight: Tensor, tp: Group, *, sequence_para
     """u W^T with W's rows split over `tp`; with sequence_parallel u's tokens are gathered over it first."""
     u = all_gather(u, tp, dim=1) if sequence_parallel else replicate(u, tp)
     return F.linear(u, weight)
+
+
+def gather_vocabulary(logits: Tensor, tp: Group) -> Tensor:
+    """(vocab_size/tp,) -> (vocab_size,), outside autograd."""
+    return gather_over(logits, tp).flatten()

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from mamba2_dist.kernels.common.transfer import to_device
+
 from .collectives import all_gather
 from .groups import Group
 from .segments import SegmentTable
@@ -32,7 +34,7 @@ def attention_over_segments(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable
         blocks = table.local(group.rank).kept(("blocks", q.device), lambda: _block_mask(table, group.rank, q.device))
         y = _compiled_flex()(q, k, v, block_mask=blocks, enable_gqa=grouped)
     else:
-        mask = table.local(group.rank).kept(("mask", q.device), lambda: _mask(table, group.rank).to(q.device))
+        mask = table.local(group.rank).kept(("mask", q.device), lambda: to_device(_mask(table, group.rank), q.device))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     return y.transpose(1, 2)
 
@@ -60,7 +62,7 @@ def _gather_rows(local: Tensor, table: SegmentTable, group: Group) -> Tensor:
     if padding:
         local = F.pad(local, (0, 0) * (local.ndim - 2) + (0, padding))
     gathered = all_gather(local, group, dim=1)
-    order = table.local(group.rank).kept(("order", local.device), lambda: _causal_order(table).to(local.device))
+    order = table.local(group.rank).kept(("order", local.device), lambda: to_device(_causal_order(table), local.device))
     return gathered.index_select(1, order)
 
 
@@ -82,7 +84,7 @@ def _mask(table: SegmentTable, rank: int) -> Tensor:
 def _block_mask(table: SegmentTable, rank: int, device: torch.device) -> BlockMask:
     """The same for FlexAttention, which skips blocks that nobody sees."""
     query = table.local(rank).tensor("positions", device)
-    first = torch.from_numpy(table.document_starts).to(device)[:, query]
+    first = to_device(table.document_starts, device)[:, query]
 
     def sees(batch, head, q, k):
         return (k >= first[batch, q]) & (k <= query[q])

@@ -87,6 +87,10 @@ class ParallelGroups:
             return self.tp
         if size == 1:
             return Group("tp part", (self.tp.ranks[self.tp.rank],))
+        if self.tp.handle is None:
+            # groups that only describe a split have no processes behind them
+            first = self.tp.rank // size * size
+            return Group("tp part", self.tp.ranks[first : first + size], self.tp.rank % size)
         if size not in self._tp_parts:
             handle, _ = dist.new_subgroups(size)
             self._tp_parts[size] = Group.of("tp part", handle)

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from mamba2_dist.kernels.common.transfer import to_device
 
 from .collectives import all_to_all
 from .groups import Group
@@ -64,5 +67,5 @@ def _make_plan(table: SegmentTable, rank: int, before: int, device: torch.device
                     if receiver == rank:
                         target = int(local.first[slot, row]) * before + token - segment.start + before
                         received[sender].append(target)
-    flat = lambda lists: torch.tensor([i for part in lists for i in part], dtype=torch.long).to(device)  # noqa: E731
+    flat = lambda lists: to_device(np.array([i for part in lists for i in part], np.int64), device)  # noqa: E731
     return HaloPlan(tuple(map(len, sent)), tuple(map(len, received)), flat(sent), flat(received), needed and before > 0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mamba2_dist.kernels.common.checks import check_positive
 from mamba2_dist.kernels.common.documents import Documents
+from mamba2_dist.kernels.common.transfer import to_device
 
 Made = TypeVar("Made")
 
@@ -30,7 +31,7 @@ class SegmentTable:
 
     segments: in causal order, covering [0, seqlen) without gap; a segment may be empty.
     documents: for each row of the batch the ascending offsets of its documents, [0, ..., seqlen]; empty ones are
-        allowed. None: each of `batch` rows is one document.
+        allowed. None: each of `batch` rows (1) is one document.
     Raises ValueError for segments or documents that do not cover the sequence.
     """
 
@@ -39,7 +40,7 @@ class SegmentTable:
         segments: Sequence[Segment],
         *,
         ranks: int,
-        batch: int = 1,
+        batch: int | None = None,
         documents: Sequence[Sequence[int]] | None = None,
     ):
         check_positive("ranks", ranks)
@@ -57,8 +58,15 @@ class SegmentTable:
             if slots != list(range(len(slots))):
                 raise ValueError(f"rank {rank}'s slots must count from 0 without gap, got {slots}")
         self.seqlen = end
-        self.documents = tuple(tuple(row) for row in (documents or [(0, self.seqlen)] * batch))
+        if documents is None:
+            documents = [(0, self.seqlen)] * (1 if batch is None else batch)
+        self.documents = tuple(tuple(row) for row in documents)
         self.batch = len(self.documents)
+        check_positive("batch", self.batch)
+        if batch not in (None, self.batch):
+            raise ValueError(
+                f"batch ({batch}) must be the number of rows of documents ({self.batch}); give one of them"
+            )
         for row, offsets in enumerate(self.documents):
             if Documents(offsets).tokens != self.seqlen:
                 raise ValueError(f"documents of row {row} must end at seqlen ({self.seqlen}), got {offsets[-1]}")
@@ -170,7 +178,7 @@ class LocalSegments:
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
         """One of `first`, `last`, `continues`, `passes` or `positions` on `device`; kept for the next layer."""
-        return self.kept((name, device), lambda: torch.as_tensor(getattr(self, name)).to(device))
+        return self.kept((name, device), lambda: to_device(getattr(self, name), device))
 
     def kept(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` gives, made once for this batch and kept for the next layer."""

@@ -29,14 +29,19 @@ class Progress:
     """Windows read over all ranks: the place in the data, whatever the split."""
 
 
+def newest(folder: Path) -> Path | None:
+    """The last complete checkpoint in a folder."""
+    return max((path for path in folder.glob("step-????????") if path.is_dir()), default=None)
+
+
 class Checkpoints:
     """The checkpoints of a run, `folder`/step-00000100 and so on; every rank makes the same calls.
 
     A checkpoint is written beside its place and moved there when all of it is on disk.
     """
 
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, device: torch.device):
+        self.folder, self.keep, self.device = folder, keep, device
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
@@ -59,9 +64,9 @@ class Checkpoints:
             partial.mkdir(parents=True)
         dist.barrier()
         prepare_state(optimizer)
-        dcp.save({**_training_state(model, optimizer), **_random_state()}, checkpoint_id=partial)
+        dcp.save({**_training_state(model, optimizer), **_random_state(self.device)}, checkpoint_id=partial)
         if dist.get_rank() == 0:
-            _write(partial / "progress.json", {**asdict(progress), "world_size": dist.get_world_size()})
+            _write(partial / "progress.json", {**asdict(progress), "processes": self._processes()})
             _write(partial / "identity.json", identity)
             _sync(partial)
             if final.exists():
@@ -71,6 +76,10 @@ class Checkpoints:
             for step in self.steps()[: -self.keep]:
                 self._remove(self.path(step))
         dist.barrier()
+
+    def _processes(self) -> str:
+        """Random states are those of so many processes on such devices."""
+        return f"{dist.get_world_size()} {self.device.type}"
 
     def _remove(self, path: Path) -> None:
         # out of sight first, so that a kill halfway leaves no damaged checkpoint
@@ -83,16 +92,15 @@ class Checkpoints:
 
         Raises ValueError when it is damaged, of another model or of other data.
         """
-        steps = self.steps()
-        if not steps:
+        path = newest(self.folder)
+        if path is None:
             return Progress()
-        path = self.path(steps[-1])
         check_identity(path, identity)
         saved = read_json(path / "progress.json")
         prepare_state(optimizer)
         state = _training_state(model, optimizer)
-        if saved["world_size"] == dist.get_world_size():
-            state.update(_random_state())
+        if saved["processes"] == self._processes():
+            state.update(_random_state(self.device))
         _read(state, path)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -128,7 +136,7 @@ def read_json(path: Path) -> dict:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"checkpoint file {path} cannot be read ({error}); remove {path.parent} to use an older one"
+            f"checkpoint file {path} cannot be read ({error}); move {path.parent} away to use an older one"
         ) from None
 
 
@@ -148,10 +156,10 @@ def _of(model: nn.Module, tensor_of) -> Iterator[Slice]:
         yield from slices(name, record, tensor_of(parameter))
 
 
-def _random_state() -> dict[str, Tensor]:
+def _random_state(device: torch.device) -> dict[str, Tensor]:
     rank = dist.get_rank()
     state = {f"random.cpu.{rank}": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         state[f"random.cuda.{rank}"] = torch.cuda.get_rng_state()
     return state
 
@@ -165,7 +173,7 @@ def _read(state: dict, path: Path, *, alone: bool = False) -> None:
         dcp.load(state, checkpoint_id=path, no_dist=alone)
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
-        raise ValueError(f"checkpoint {path} cannot be read: {reason}; remove it to use an older one") from error
+        raise ValueError(f"checkpoint {path} cannot be read: {reason}; move it away to use an older one") from error
 
 
 def _flat(config: dict, prefix: str = "") -> dict:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from mamba2_dist.config import HybridConfig, ParallelConfig, _choice, _positive, _require
+from mamba2_dist.config import HybridConfig, ParallelConfig, check_choice_field, check_positive_fields, require
 from mamba2_dist.models.presets import PRESETS
 
 
@@ -15,6 +15,8 @@ class DataConfig:
     """"stdlib" (this Python's own library sources) or a file or folder of .txt, .jsonl or .jsonl.gz."""
     tokenizer: str | None = None
     """A tokenizer.json to use; None: a byte-level BPE of model.vocab_size tokens is trained on the source, once."""
+    end_token: str = "<|end|>"
+    """The token that ends a document; a given tokenizer must have it."""
     cache: str = "runs/data"
     """Where tokenizers and token files are kept between runs."""
     seqlen: int = 1024
@@ -23,8 +25,8 @@ class DataConfig:
     """Share of the documents set aside for validation."""
 
     def __post_init__(self):
-        _positive(self, "seqlen")
-        _require(
+        check_positive_fields(self, "seqlen")
+        require(
             0 < self.validation_fraction < 1,
             f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}",
         )
@@ -46,9 +48,9 @@ class OptimizerConfig:
     """Largest norm of the whole gradient."""
 
     def __post_init__(self):
-        _positive(self, "lr", "eps", "clip")
-        _require(self.weight_decay >= 0, f"weight_decay must not be below 0, got {self.weight_decay}")
-        _require(all(0 <= beta < 1 for beta in self.betas), f"betas must lie in [0, 1), got {self.betas}")
+        check_positive_fields(self, "lr", "eps", "clip")
+        require(self.weight_decay >= 0, f"weight_decay must not be below 0, got {self.weight_decay}")
+        require(all(0 <= beta < 1 for beta in self.betas), f"betas must lie in [0, 1), got {self.betas}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +67,10 @@ class ScheduleConfig:
     """The last rate as a share of the peak."""
 
     def __post_init__(self):
-        _choice(self, "shape", "cosine", "wsd")
-        _require(self.warmup_steps >= 0, f"warmup_steps must not be below 0, got {self.warmup_steps}")
-        _require(0 < self.decay_fraction <= 1, f"decay_fraction must lie in (0, 1], got {self.decay_fraction}")
-        _require(0 <= self.final_fraction <= 1, f"final_fraction must lie in [0, 1], got {self.final_fraction}")
+        check_choice_field(self, "shape", "cosine", "wsd")
+        require(self.warmup_steps >= 0, f"warmup_steps must not be below 0, got {self.warmup_steps}")
+        require(0 < self.decay_fraction <= 1, f"decay_fraction must lie in (0, 1], got {self.decay_fraction}")
+        require(0 <= self.final_fraction <= 1, f"final_fraction must lie in [0, 1], got {self.final_fraction}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,37 +119,39 @@ class TrainConfig:
     """Tokens sampled at the end; 0: none."""
 
     def __post_init__(self):
-        _positive(
+        check_positive_fields(
             self, "steps", "global_batch", "micro_batch", "save_every", "keep", "validate_every", "validation_windows",
             "log_every",
         )  # fmt: skip
-        _require(self.sample_tokens >= 0, f"sample_tokens must not be below 0, got {self.sample_tokens}")
-        _choice(self, "precision", "fp32", "bf16")
-        _choice(self, "device", "auto", "cpu", "cuda")
-        _require(
+        require(self.seed >= 0, f"seed must not be below 0, got {self.seed}")
+        require(len(self.prompt) > 0, "prompt must not be empty; give it some text")
+        require(self.sample_tokens >= 0, f"sample_tokens must not be below 0, got {self.sample_tokens}")
+        check_choice_field(self, "precision", "fp32", "bf16")
+        check_choice_field(self, "device", "auto", "cpu", "cuda")
+        require(
             self.preset is None or self.preset in PRESETS,
             f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}",
         )
-        _require(
+        require(
             self.preset is None or self.model == HybridConfig(),
             f"preset ({self.preset}) and model were both given; remove one",
         )
-        _require(
+        require(
             self.architecture.vocab_size > 256,
             f"model.vocab_size must be above 256 (all bytes and an end mark), got {self.architecture.vocab_size}",
         )
-        _require(
+        require(
             self.schedule.warmup_steps < self.steps,
             f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be below steps ({self.steps})",
         )
         segments = self.parallel.cp * (2 if self.parallel.layout == "zigzag" else 1)
-        _require(
+        require(
             self.data.seqlen >= segments,
             f"data.seqlen ({self.data.seqlen}) must be at least the number of segments it is cut into ({segments})",
         )
         if self.parallel.sequence_parallel:
             pieces = segments * self.parallel.tp
-            _require(
+            require(
                 self.data.seqlen % pieces == 0,
                 f"data.seqlen ({self.data.seqlen}) must be divisible by segments * tp ({pieces}) for sequence_parallel",
             )
@@ -161,10 +165,10 @@ class TrainConfig:
 
     def share(self, dp: int) -> tuple[int, int]:
         """(windows of one dp rank per update, windows at a time). Raises ValueError when they do not divide."""
-        _require(self.global_batch % dp == 0, f"global_batch ({self.global_batch}) must be divisible by dp ({dp})")
+        require(self.global_batch % dp == 0, f"global_batch ({self.global_batch}) must be divisible by dp ({dp})")
         share = self.global_batch // dp
         micro = self.micro_batch or share
-        _require(
+        require(
             share % micro == 0,
             f"global_batch / dp ({share}) must be divisible by micro_batch ({micro})",
         )

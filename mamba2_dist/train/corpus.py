@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,9 +73,13 @@ def _read_lines(file: Path, name: str) -> Iterator[tuple[str, str]]:
                     ) from None
                 if not isinstance(document, dict) or not isinstance(document.get("text"), str):
                     raise ValueError(f'{file}:{number}: must be an object with a string field "text"')
+                try:
+                    document["text"].encode()
+                except UnicodeEncodeError:
+                    raise ValueError(f"{file}:{number}: the text has half a surrogate pair; repair it") from None
                 if document["text"].strip():
                     yield f"{name}:{number}", document["text"]
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file}: not a whole gzip file ({error}); fetch it again") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text at byte {error.start}; convert it") from None

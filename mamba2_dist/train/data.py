@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,6 @@ from .config import DataConfig
 from .corpus import find_files, fingerprint, read_documents
 from .progress import progress
 
-END = "<|end|>"
 BATCH = 256  # documents tokenized at a time
 
 
@@ -99,20 +98,26 @@ def prepare(config: DataConfig, vocab_size: int) -> Path:
     The folder appears only when it is complete. Raises ValueError for sources that cannot be read.
     """
     files = find_files(config.source)
-    key = [fingerprint(files), vocab_size, config.validation_fraction]
+    key = [fingerprint(files), vocab_size, config.validation_fraction, config.end_token]
     if config.tokenizer is not None:
         key.append(fingerprint([_existing(config.tokenizer)]))
     name = Path(config.source).name.split(".")[0] or "data"
     folder = Path(config.cache) / f"{name}-{hashlib.blake2b(repr(key).encode(), digest_size=6).hexdigest()}"
     if folder.exists():
         return folder
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tokenizer = _tokenizer(config, vocab_size, files)
-    tokenizer.save(str(partial / "tokenizer.json"))
-    _tokenize(files, tokenizer, config, partial)
-    os.replace(partial, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # a name of its own: another run may be preparing the same
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.partial-") as scratch:
+        partial = Path(scratch) / folder.name
+        partial.mkdir()
+        tokenizer = _tokenizer(config, vocab_size, files)
+        tokenizer.save(str(partial / "tokenizer.json"))
+        _tokenize(files, tokenizer, config, partial)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if not folder.exists():  # or another run was first, with the same tokens
+                raise
     return folder
 
 
@@ -126,29 +131,19 @@ def load(folder: Path, seqlen: int) -> Corpus:
 
 def _existing(path: str) -> Path:
     if not Path(path).is_file():
-        raise ValueError(f"data.tokenizer ({path}) does not exist; give a tokenizer.json or leave it empty")
+        raise ValueError(f"data.tokenizer ({path}) does not exist; give a tokenizer.json, or null to train one")
     return Path(path)
 
 
 def _tokenizer(config: DataConfig, vocab_size: int, files: list[Path]):
     if config.tokenizer is not None:
-        try:
-            tokenizer = Tokenizer.from_file(config.tokenizer)
-        except Exception as error:  # the library raises its base class
-            raise ValueError(f"data.tokenizer ({config.tokenizer}) is not a tokenizer.json: {error}") from None
-        if tokenizer.get_vocab_size() > vocab_size:
-            raise ValueError(
-                f"model.vocab_size ({vocab_size}) must be at least the tokenizer's ({tokenizer.get_vocab_size()})"
-            )
-        if tokenizer.token_to_id(END) is None:
-            raise ValueError(f"data.tokenizer ({config.tokenizer}) must have the token {END!r} that ends a document")
-        return tokenizer
+        return _given_tokenizer(config.tokenizer, config.end_token, vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END],
+        special_tokens=[config.end_token],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -157,8 +152,35 @@ def _tokenizer(config: DataConfig, vocab_size: int, files: list[Path]):
     return tokenizer
 
 
+def _given_tokenizer(path: str, end_token: str, vocab_size: int) -> Tokenizer:
+    """A user's tokenizer.json. Raises ValueError when it cannot serve."""
+    try:
+        tokenizer = Tokenizer.from_file(path)
+    except Exception as error:  # the library raises its base class
+        raise ValueError(f"data.tokenizer ({path}) is not a tokenizer.json: {error}") from None
+    if _size(tokenizer) > vocab_size:
+        raise ValueError(f"model.vocab_size ({vocab_size}) must be at least the tokenizer's ({_size(tokenizer)})")
+    if tokenizer.token_to_id(end_token) is None:
+        raise ValueError(
+            f"data.tokenizer ({path}) has no token {end_token!r}; set data.end_token to the one that ends a document"
+        )
+    decoder = (json.loads(tokenizer.to_str()).get("decoder") or {}).get("type")
+    if decoder != "ByteLevel":
+        raise ValueError(
+            f"data.tokenizer ({path}) must be byte-level, its decoder is {decoder}; bits per byte need bytes per token"
+        )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _size(tokenizer: Tokenizer) -> int:
+    """One more than the highest token id; a vocabulary may have gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
 def _tokenize(files: list[Path], tokenizer, config: DataConfig, folder: Path) -> None:
-    end, dtype = tokenizer.token_to_id(END), np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    end, dtype = tokenizer.token_to_id(config.end_token), np.uint16 if _size(tokenizer) <= 2**16 else np.uint32
     ends: dict[str, list[int]] = {"train": [], "validation": []}
     digest = hashlib.blake2b(digest_size=8)
     with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
@@ -184,8 +206,13 @@ def _fraction(name: str) -> float:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest(), "big") / 2**48
 
 
-def _token_bytes(tokenizer) -> list[int]:
+def _token_bytes(tokenizer: Tokenizer) -> list[int]:
     """Bytes each token of a byte-level vocabulary stands for; 0 for special tokens."""
-    special = {index for index, added in tokenizer.get_added_tokens_decoder().items() if added.special}
-    pieces = (tokenizer.id_to_token(index) for index in range(tokenizer.get_vocab_size()))
-    return [0 if index in special or piece is None else len(piece) for index, piece in enumerate(pieces)]
+    added = tokenizer.get_added_tokens_decoder()
+    sizes = [0] * _size(tokenizer)
+    for piece, index in tokenizer.get_vocab(with_added_tokens=True).items():
+        if index not in added:
+            sizes[index] = len(piece)  # one character a byte
+        elif not added[index].special:
+            sizes[index] = len(piece.encode())
+    return sizes

@@ -53,17 +53,17 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class History:
-    """The numbers of every update, one JSON object a line, in `folder`/metrics.jsonl; from `step` on they are new."""
+    """The numbers of every update, a JSON object a line, in `folder`/metrics.jsonl; rows after `step` are dropped."""
 
     def __init__(self, folder: Path, step: int):
         self.path = folder / "metrics.jsonl"
-        kept = [row for row in read_history(folder) if row["step"] <= step]
+        kept = [row for row in read_history(folder) if row["step"] <= step] if step else []
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(partial, self.path)
 
     def add(self, **row) -> None:
-        """Append one row; it is on disk when this returns."""
+        """Append one row."""
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -15,11 +15,13 @@ class Report:
     def __init__(self, config: TrainConfig, folder: Path, *, speaks: bool):
         self.config, self.folder, self.speaks = config, folder, speaks
 
-    def already_finished(self, checkpoint: Path) -> None:
-        """There is nothing left to do."""
+    def already_finished(self, step: int, checkpoint: Path) -> None:
+        """There is nothing left to do but what a kill may have cut off."""
         if self.speaks:
-            print(f"finished: {self.config.steps} updates, checkpoint {checkpoint}")
-            print(f"to train on, run the same command with steps={2 * self.config.steps}")
+            if not (self.folder / "loss.png").exists():
+                plot_loss(self.folder)
+            print(f"finished: {step} updates, checkpoint {checkpoint}")
+            print(f"to train on, run the same command with steps={2 * step}")
 
     def begin(self, facts: list[str], progress: Progress) -> None:
         """Print what starts and open the logs at the step that is resumed."""
@@ -32,7 +34,9 @@ class Report:
         if progress.step:
             print(f"going on from update {progress.step}", flush=True)
         self.history = History(self.folder, progress.step)
-        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=progress.step + 1)
+        self.board = SummaryWriter(
+            str(self.folder / "tensorboard"), purge_step=progress.step + 1 if progress.step else 0
+        )
         self.started, self.first = time.monotonic(), progress.step
         self.bar = tqdm(total=self.config.steps, initial=progress.step, unit="update", disable=not sys.stderr.isatty())
 

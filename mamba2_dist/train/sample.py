@@ -5,13 +5,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from mamba2_dist.config import AttentionConfig, HybridConfig, Mamba2Config, MLPConfig, _positive, _require
+from mamba2_dist.config import AttentionConfig, HybridConfig, Mamba2Config, MLPConfig, check_positive_fields, require
 from mamba2_dist.models.generate import generate
 from mamba2_dist.models.hybrid_model import HybridModel
 from mamba2_dist.parallel.groups import ParallelGroups
 
-from .checkpoint import Checkpoints, load_model, read_json
-from .data import END
+from .checkpoint import load_model, newest, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,26 +31,25 @@ class SampleConfig:
     """Another seed, another text."""
 
     def __post_init__(self):
-        _positive(self, "tokens", "top_k")
-        _require(self.temperature >= 0, f"temperature must not be below 0, got {self.temperature}")
-        _require(len(self.prompt) > 0, "prompt must not be empty; give it some text")
+        check_positive_fields(self, "tokens", "top_k")
+        require(self.temperature >= 0, f"temperature must not be below 0, got {self.temperature}")
+        require(len(self.prompt) > 0, "prompt must not be empty; give it some text")
 
 
 def sample(config: SampleConfig) -> str:
     """The prompt and what the model adds. Raises ValueError when the run has no checkpoint."""
     folder = Path(config.run)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
-    steps = checkpoints.steps()
-    if not steps:
+    path = newest(folder / "checkpoints")
+    if path is None:
         raise ValueError(f"run ({folder}) has no checkpoint; train it first with `mamba2-dist train`")
-    path = checkpoints.path(steps[-1])
     model = HybridModel(model_config(read_json(path / "identity.json")["model"]), ParallelGroups.alone())
     load_model(model, path)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    end = read_json(folder / "config.json")["data"]["end_token"]
     prompt = tokenizer.encode(config.prompt, add_special_tokens=False).ids
     produced = generate(
         model, prompt, config.tokens,
-        temperature=config.temperature, top_k=config.top_k, stop=tokenizer.token_to_id(END), seed=config.seed,
+        temperature=config.temperature, top_k=config.top_k, stop=tokenizer.token_to_id(end), seed=config.seed,
     )  # fmt: skip
     return tokenizer.decode([*prompt, *produced])
 

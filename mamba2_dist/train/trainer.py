@@ -5,6 +5,7 @@ import json
 import math
 import os
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from mamba2_dist.kernels.common.transfer import to_device
 from mamba2_dist.models.hybrid_model import HybridModel, check_split
 from mamba2_dist.parallel.collectives import sum_over
 from mamba2_dist.parallel.groups import ParallelGroups
 from mamba2_dist.parallel.segments import SegmentTable
 
 from . import data
-from .checkpoint import Checkpoints, Progress, check_identity
+from .checkpoint import Checkpoints, Progress, check_identity, newest
 from .config import TrainConfig
 from .metrics import attention_flops, flops_per_token, peak_flops
 from .optimizer import clip_gradients, gradient_norm, learning_rate, make_optimizer
@@ -56,9 +58,9 @@ def check(config: TrainConfig) -> None:
     check_split(model, parallel.tp)
     folder = data.prepare(config.data, model.vocab_size)
     identity = _identity(config, data.load(folder, config.data.seqlen))
-    checkpoints = Checkpoints(Path(config.out) / "checkpoints", config.keep)
-    if checkpoints.steps():
-        check_identity(checkpoints.path(checkpoints.steps()[-1]), identity)
+    checkpoint = newest(Path(config.out) / "checkpoints")
+    if checkpoint is not None:
+        check_identity(checkpoint, identity)
 
 
 def _identity(config: TrainConfig, corpus: data.Corpus) -> dict:
@@ -84,7 +86,7 @@ class Trainer:
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.model = self._wrap(model)
         self.optimizer = make_optimizer(self.model, config.optimizer)
-        self.checkpoints = Checkpoints(folder / "checkpoints", config.keep)
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.keep, device)
         self.identity = _identity(config, self.corpus)
         self.progress = self.checkpoints.load(self.model, self.optimizer, self.identity)
         self.report = Report(config, folder, speaks=self.first)
@@ -93,7 +95,7 @@ class Trainer:
         """Update until the last step, with validations and checkpoints on the way."""
         config, report = self.config, self.report
         if self.progress.step >= config.steps:
-            report.already_finished(self.checkpoints.path(self.progress.step))
+            report.already_finished(self.progress.step, self.checkpoints.path(self.progress.step))
             return
         if self.first:
             self._describe_run()
@@ -152,7 +154,10 @@ class Trainer:
         if self.groups.data.size == 1:
             return model
         if self.config.parallel.sharding == "ddp":
-            return DistributedDataParallel(model, process_group=self.groups.data.handle)
+            # without the search DDP regroups its buckets after the first backward, and a resumed run would sum the
+            # gradients of its first update in another order than the unbroken one
+            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+            return DistributedDataParallel(model, process_group=self.groups.data.handle, find_unused_parameters=True)
         self.sharded = True
         for layer in model.backbone.layers:
             fully_shard(layer, mesh=self.groups.data_mesh)
@@ -178,6 +183,11 @@ class Trainer:
                 (losses.sum() * (self.groups.data.size / counted[0])).backward()
             total += losses.detach().sum()
         norm = gradient_norm(self.model, self.groups, sharded=self.sharded)
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"the gradient's norm is {float(norm)} at update {step + 1}; nothing was changed, the last checkpoint "
+                "stands: lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data"
+            )
         clip_gradients(self.model, norm, config.optimizer.clip)
         lr = learning_rate(step, config.steps, config.optimizer.lr, config.schedule)
         for group in self.optimizer.param_groups:
@@ -198,7 +208,7 @@ class Trainer:
         tokens, labels, documents = data.stack(windows)
         cut = getattr(SegmentTable, self.config.parallel.layout)
         table = cut(tokens.shape[1], self.groups.cp.size, documents=documents)
-        mine = (table.shard(tensor, self.groups.cp.rank).to(self.device) for tensor in (tokens, labels))
+        mine = (to_device(table.shard(tensor, self.groups.cp.rank), self.device) for tensor in (tokens, labels))
         return *mine, table
 
     def _losses(self, tokens: Tensor, labels: Tensor, table: SegmentTable) -> Tensor:

@@ -62,3 +62,19 @@ def test_a_neighbouring_document_does_not_leak():
     clean = causal_conv1d(x, weight, cu_seqlens=torch.tensor([0, 5, 8]))
     x[:, :5] = float("inf")
     assert torch.equal(causal_conv1d(x, weight, cu_seqlens=torch.tensor([0, 5, 8]))[:, 5:], clean[:, 5:])
+
+
+def test_bf16_rounds_once(device):
+    x, weight = torch.randn(1, 200, 16).to(device, torch.bfloat16), torch.randn(16, 4).to(device)
+    weight.requires_grad_()
+    with torch.autocast(device.type, torch.bfloat16):
+        y = causal_conv1d(x, weight, activation="silu")
+    wide = weight.detach().double().requires_grad_()
+    expected, _ = causal_conv1d_reference(x.double(), wide, activation="silu")
+    cotangent = torch.randn(y.shape).to(device, torch.bfloat16)
+    y.backward(cotangent)
+    expected.backward(cotangent.double())
+    assert y.dtype == torch.bfloat16
+    # half a unit in the last place, on average less
+    assert_close(y, expected, 2e-3)
+    assert_close(weight.grad, wide.grad, RELATIVE[torch.float32])

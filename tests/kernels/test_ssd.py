@@ -157,10 +157,12 @@ def test_lower_precision(dtype, device):
     assert_close(final, final_wide, RELATIVE[torch.float32], "final states")
 
 
-@pytest.mark.parametrize("raw", [-30.0, -17.0, -10.0, 0.0, 19.0, 25.0])
+@pytest.mark.parametrize("raw", [-30.0, -17.0, -10.0, 0.0, 19.0, 20.5, 25.0, 60.0])
 def test_softplus_keeps_its_tails(raw):
     dt = torch.full((1, 1, 1), raw)
-    assert_close(discretize(dt, None, True), torch.tensor(raw).double().exp().log1p().view(1, 1, 1), 1e-6)
+    expected = torch.tensor(raw).double().exp().log1p().view(1, 1, 1)
+    assert_close(discretize(dt, None, True), expected, 1e-6)
+    assert_close(discretize(dt.double(), None, True), expected, RELATIVE[torch.float64])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 
 from mamba2_dist import AttentionConfig, HybridConfig, HybridModel, Mamba2Config, ParallelConfig, SegmentTable
 from mamba2_dist.models.generate import generate
+from mamba2_dist.models.hybrid_model import check_split
 
 from ..tolerances import EXACT, assert_close
 
@@ -51,6 +52,9 @@ def test_generation_is_repeatable_and_stops():
             lambda m: m(torch.zeros(1, 7, dtype=torch.long), None, SegmentTable.contiguous(8, 1)),
             "tokens must have shape",
         ),
+        (lambda m: m(torch.full((1, 8), 40)), r"tokens must lie in \[0, vocab_size = 40\), got 40"),
+        (lambda m: m(torch.zeros(1, 8, dtype=torch.long), torch.full((1, 8), 99)), "labels must lie in"),
+        (lambda m: m(torch.zeros(2, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long)), "shape of tokens"),
         (lambda m: generate(m, [], 3), "prompt must hold"),
         (lambda m: generate(m, [1], 3, top_k=0), "top_k not below 1"),
     ],
@@ -58,6 +62,12 @@ def test_generation_is_repeatable_and_stops():
 def test_wrong_calls_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(HybridModel(CONFIG))
+
+
+@pytest.mark.parametrize(("ngroups", "tp"), [(1, 2), (2, 4), (4, 2)])
+def test_a_split_is_judged_without_processes(ngroups, tp):
+    mamba = Mamba2Config(d_state=6, headdim=4, ngroups=ngroups)
+    check_split(HybridConfig(**{**vars(CONFIG), "mamba": mamba}), tp)
 
 
 def test_sizes_must_agree():

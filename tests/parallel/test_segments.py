@@ -62,6 +62,8 @@ def test_shards_rejoin():
         (lambda: SegmentTable([Segment(0, 4, 0, 1)], ranks=1), "count from 0"),
         (lambda: SegmentTable.contiguous(8, 2, documents=[[0, 7]]), "must end at seqlen"),
         (lambda: SegmentTable.contiguous(8, 2, documents=[[0, 5, 3, 8]]), "must not descend"),
+        (lambda: SegmentTable.contiguous(8, 2, batch=2, documents=[[0, 8]]), "give one of them"),
+        (lambda: SegmentTable.contiguous(8, 2, documents=[]), "batch must be above 0"),
         (lambda: SegmentTable.contiguous(8, 0), "ranks must be above 0"),
         (lambda: SegmentTable.contiguous(8, 2).local(2), "must lie in"),
         (lambda: SegmentTable.contiguous(8, 2).shard(torch.zeros(1, 7), 0), "whole sequence"),

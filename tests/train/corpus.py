@@ -49,7 +49,7 @@ def small_run(
             pattern="M*-M",
             d_model=32,
             vocab_size=320,
-            mamba=Mamba2Config(d_state=8, headdim=8, chunk_size=8, ngroups=2),
+            mamba=Mamba2Config(d_state=8, headdim=8, chunk_size=8),
             attention=AttentionConfig(head_dim=8, nheads_kv=2),
         ),
         "parallel": ParallelConfig(tp=tp, cp=cp, dp=dp, sharding=sharding),

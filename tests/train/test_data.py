@@ -2,6 +2,8 @@
 
 import gzip
 import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ def corpus(tmp_path):
 
 def test_windows_and_labels(corpus):
     split = corpus.train
-    end = corpus.tokenizer.token_to_id(data.END)
+    end = corpus.tokenizer.token_to_id("<|end|>")
     tokens = np.concatenate([split.window(i).tokens for i in range(split.windows)])
     assert (tokens == split.tokens[: len(tokens)]).all()
     for index in range(split.windows):
@@ -49,8 +51,8 @@ def test_bytes_of_tokens(corpus):
     text = b"state space model"
     ids = corpus.tokenizer.encode(text.decode(), add_special_tokens=False).ids
     assert corpus.token_bytes[ids].sum() == len(text)
-    assert corpus.token_bytes[corpus.tokenizer.token_to_id(data.END)] == 0
-    assert corpus.text_bytes([*ids, corpus.tokenizer.token_to_id(data.END)]) == text
+    assert corpus.token_bytes[corpus.tokenizer.token_to_id("<|end|>")] == 0
+    assert corpus.text_bytes([*ids, corpus.tokenizer.token_to_id("<|end|>")]) == text
 
 
 def test_prepared_once(tmp_path):
@@ -61,6 +63,26 @@ def test_prepared_once(tmp_path):
     assert (folder / "train.bin").stat().st_mtime_ns == stamp
     (tmp_path / "texts" / "new.txt").write_text("one more")
     assert data.prepare(config, 300) != folder
+
+
+def test_a_given_tokenizer_neither_cuts_nor_pads(tmp_path):
+    config = DataConfig(source=str(write_texts(tmp_path / "texts")), cache=str(tmp_path / "cache"), seqlen=16)
+    own = data.prepare(config, 300)
+    tokenizer = data.load(own, 16).tokenizer
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(tmp_path / "cutting.json"))
+    given = data.prepare(replace(config, tokenizer=str(tmp_path / "cutting.json")), 300)
+    assert given != own
+    assert (given / "train.bin").read_bytes() == (own / "train.bin").read_bytes()
+
+
+def test_two_runs_may_prepare_at_once(tmp_path):
+    config = DataConfig(source=str(write_texts(tmp_path / "texts")), cache=str(tmp_path / "cache"), seqlen=16)
+    with ThreadPoolExecutor() as pool:
+        folders = set(pool.map(lambda _: data.prepare(config, 300), range(3)))
+    assert len(folders) == 1
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folders.pop().name]
 
 
 def test_jsonl_and_gzip(tmp_path):

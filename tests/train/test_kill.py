@@ -61,6 +61,8 @@ def test_an_unbroken_run_leaves_everything(unbroken):
     again = _finish(command)
     assert "finished: 40 updates" in again
     assert "to train on, run the same command with steps=80" in again
+    shorter = _finish([*command, "steps=20"])
+    assert "finished: 40 updates" in shorter
 
 
 @pytest.mark.parametrize("victim", ["launcher", "first rank", "second rank"])

@@ -121,12 +121,24 @@ def test_the_next_batch_does_not_depend_on_the_split(tmp_path):
     assert all(batch == batches[0] for batch in batches)
 
 
-def test_resuming_on_one_rank_changes_no_digit(tmp_path):
-    whole = _run(tmp_path / "whole")
-    _run(tmp_path / "broken")
+@pytest.mark.parametrize("options", [{}, {"cp": 3}, {"cp": 3, "sharding": "ddp"}, {"tp": 2, "dp": 2}], ids=str)
+def test_resuming_changes_no_digit(tmp_path, options):
+    options = {"steps": 8, "save_every": 4, **options}
+    whole = _run(tmp_path / "whole", **options)
+    _run(tmp_path / "broken", **options)
     checkpoints = tmp_path / "broken" / "run" / "checkpoints"
-    shutil.rmtree(checkpoints / "step-00000006")
-    assert _run(tmp_path / "broken")["loss"] == whole["loss"]
+    shutil.rmtree(checkpoints / "step-00000008")
+    resumed = _run(tmp_path / "broken", **options)
+    assert resumed["first"] == 4
+    assert resumed["loss"] == whole["loss"]
+    assert resumed["norm"] == whole["norm"]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    optimizer = replace(small_run(tmp_path).optimizer, lr=1e30)
+    with pytest.raises(AssertionError, match=r"the gradient's norm is \w+ at update \d; nothing was changed"):
+        _run(tmp_path, optimizer=optimizer, steps=9, save_every=9)
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
 def test_another_run_is_not_continued(tmp_path):
@@ -144,7 +156,7 @@ def test_damaged_checkpoints_are_named(tmp_path):
     (newest / "progress.json").write_text("{")
     with pytest.raises(AssertionError, match=r"step-00000006/progress\.json cannot be read"):
         _run(tmp_path, steps=8)
-    (newest / "progress.json").write_text(json.dumps({"step": 6, "samples": 24, "world_size": 1}))
+    (newest / "progress.json").write_text(json.dumps({"step": 6, "samples": 24, "processes": "1 cpu"}))
     (newest / ".metadata").write_bytes(b"")
     with pytest.raises(AssertionError, match="step-00000006 cannot be read"):
         _run(tmp_path, steps=8)
