@@ -1,8 +1,9 @@
 """The same 20M hybrid trained on one GPU, split by tp=2 and split by cp=2: do the loss curves agree?
 
     python benchmarks/train_split.py [--steps 50] [--device cuda|cpu]
+    python benchmarks/train_split.py --plot benchmarks/results/train-split-h200.json
 
-Prints a table and writes benchmarks/results/train-split-<device>.json.
+Prints a table and writes benchmarks/results/train-split-<device>.json; with --plot draws docs/train-split.png from it.
 """
 
 import argparse
@@ -31,7 +32,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--keys", nargs="*", default=[], help="further key=value for every run")
+    parser.add_argument("--plot", metavar="RESULTS", help="only draw the curves of a results file")
     options = parser.parse_args()
+    if options.plot:
+        plot(json.loads(Path(options.plot).read_text()))
+        return
     with tempfile.TemporaryDirectory() as folder:
         curves = {split: run(Path(folder), split, keys, options) for split, keys in SPLITS.items()}
     rows = [compare(split, curve, curves["one GPU"]) for split, curve in curves.items()]
@@ -104,6 +109,28 @@ def write(rows: list[dict], device: str) -> None:
     path = folder / f"train-split-{name.lower().replace(' ', '-')}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {path}")
+
+
+def plot(results: dict) -> None:
+    """The curves, and below them how far each is from one GPU's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, sharex=True, figsize=(7, 5), layout="constrained")
+    reference = results["rows"][0]["losses"]
+    for row, style in zip(results["rows"], ("-", "--", "-.", ":"), strict=True):
+        updates = range(1, len(row["losses"]) + 1)
+        above.plot(updates, row["losses"], style, label=row["case"])
+        below.semilogy(
+            updates, [max(abs(a - b) / b, 1e-9) for a, b in zip(row["losses"], reference, strict=True)], style
+        )
+    below.axhline(0.01, color="grey", lw=0.8)
+    above.set(ylabel="nats per token", title=f"{results['device']}, torch {results['torch']}, bf16")
+    below.set(ylabel="relative difference", xlabel="update", ylim=(1e-8, 2e-2))
+    above.legend()
+    figure.savefig(ROOT / "docs" / "train-split.png", dpi=120)
 
 
 if __name__ == "__main__":

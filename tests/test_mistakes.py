@@ -79,6 +79,11 @@ COMMANDS = [
     ("train good.yaml steps=0", "steps must be above 0, got 0"),
     ("train good.yaml precision=fp8", "precision"),
     ("train good.yaml device=tpu", "device"),
+    pytest.param(
+        "train good.yaml device=cuda parallel.cp=2",
+        "torch finds 0; lower parallel.tp, parallel.cp or parallel.dp",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
+    ),
     ("train good.yaml preset=mamba3", "preset must be one of mamba2_130m"),
     ("train good.yaml preset=mamba2_130m", "preset (mamba2_130m) and model were both given; remove one"),
     ("train good.yaml model.pattern=MXM", "'X'; layers are M (Mamba-2), *, -"),
@@ -139,7 +144,11 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize(("command", "says"), COMMANDS, ids=[command for command, _ in COMMANDS])
+@pytest.mark.parametrize(
+    ("command", "says"),
+    COMMANDS,
+    ids=lambda value: value if value.startswith(("train", "sample", "doctor", "trian")) else "",
+)
 def test_commands(folder, monkeypatch, capsys, command, says):
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit) as stopped:

@@ -100,7 +100,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16": matrix products in bfloat16, parameters, states and sums in float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """"auto": cuda where there is one."""
+    """"auto": cuda where every process has a GPU of its own, else cpu."""
     seed: int = 0
     """Of the parameters and of the order of the data."""
     save_every: int = 50

@@ -18,20 +18,12 @@ import torch.distributed as dist
 def process_group(device_choice: str) -> Iterator[torch.device]:
     """Join the other processes that torchrun started, or stand alone; gives this process's device.
 
-    Raises ValueError when "cuda" is asked for and there is none.
+    Raises ValueError when "cuda" is asked for and the processes of this machine outnumber its GPUs.
     """
-    if device_choice == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for and torch finds none; use 'cpu' or 'auto'")
-    on_gpu = device_choice != "cpu" and torch.cuda.is_available()
+    on_gpu = use_gpus(device_choice, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     device = torch.device("cpu")
     if on_gpu:
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise ValueError(
-                f"local rank {local} has no GPU of its own, there are {torch.cuda.device_count()}; "
-                "start fewer processes or use device=cpu"
-            )
-        device = torch.device("cuda", local)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     if "RANK" in os.environ:
@@ -43,6 +35,20 @@ def process_group(device_choice: str) -> Iterator[torch.device]:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def use_gpus(device_choice: str, processes: int) -> bool:
+    """Whether this machine's processes run on GPUs: "auto" says so when each has one of its own.
+
+    Raises ValueError when "cuda" is asked for and there are too few.
+    """
+    gpus = torch.cuda.device_count()
+    if device_choice == "cuda" and gpus < processes:
+        raise ValueError(
+            f"device=cuda needs a GPU for each of the {processes} processes of this machine, torch finds {gpus}; "
+            "lower parallel.tp, parallel.cp or parallel.dp, or use device=cpu"
+        )
+    return device_choice == "cuda" or (device_choice == "auto" and gpus >= processes)
 
 
 def _die_with_parent() -> None:

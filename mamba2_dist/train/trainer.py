@@ -29,7 +29,7 @@ from .config import TrainConfig
 from .metrics import attention_flops, flops_per_token, peak_flops
 from .optimizer import clip_gradients, gradient_norm, learning_rate, make_optimizer
 from .report import Report
-from .runtime import exclusive, process_group
+from .runtime import exclusive, process_group, use_gpus
 
 
 def train(config: TrainConfig) -> Path:
@@ -50,11 +50,7 @@ def check(config: TrainConfig) -> None:
     """
     parallel, model = config.parallel, config.architecture
     config.share(parallel.dp or 1)
-    if config.device != "cpu" and torch.cuda.is_available() and torch.cuda.device_count() < parallel.processes:
-        raise ValueError(
-            f"tp * cp * dp ({parallel.processes}) must not be above the number of GPUs ({torch.cuda.device_count()}); "
-            "lower one, use device=cpu, or start it with torchrun over several machines"
-        )
+    use_gpus(config.device, parallel.processes)
     check_split(model, parallel.tp)
     folder = data.prepare(config.data, model.vocab_size)
     identity = _identity(config, data.load(folder, config.data.seqlen))
