@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -170,7 +171,10 @@ def _set_random_state(name: str, state: Tensor) -> None:
 
 def _read(state: dict, path: Path, *, alone: bool = False) -> None:
     try:
-        dcp.load(state, checkpoint_id=path, no_dist=alone)
+        with warnings.catch_warnings():
+            # a process that loads alone means to
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(state, checkpoint_id=path, no_dist=alone)
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
         raise ValueError(f"checkpoint {path} cannot be read: {reason}; move it away to use an older one") from error
