@@ -60,6 +60,10 @@ def folder(tmp_path):
     (tmp_path / "half.jsonl").write_text('{"text": "\\ud800"}\n')
     (tmp_path / "damaged.jsonl.gz").write_bytes(gzip.compress(b"x" * 999)[:10] + b"\x07" * 40)
     (tmp_path / "file").write_text("")
+    for run in ("empty", "other"):
+        (tmp_path / run / "checkpoints" / "step-00000001").mkdir(parents=True)
+    identity = {"model": {"pattern": "M-M"}, "data": {"seed": 7}}
+    (tmp_path / "other" / "checkpoints" / "step-00000001" / "identity.json").write_text(json.dumps(identity))
     return tmp_path
 
 
@@ -136,6 +140,9 @@ COMMANDS = [
     ("train good.yaml model.mamba.A_init_range=[1.0,.inf]", "0 < low <= high and finite"),
     ("train good.yaml optimizer.lr=.inf", "lr must be above 0 and finite, got inf"),
     ("train", "train needs a CONFIG.yaml or key=value"),
+    ("train good.yaml out=empty", "step-00000001/identity.json cannot be read"),
+    ("train good.yaml out=other", "data.seed is 7 there and 0 here"),
+    ("sample empty", "step-00000001/identity.json cannot be read"),
     ("sample nowhere", "run (nowhere) has no checkpoint; train it first"),
     ("sample nowhere tokens=0", "tokens must be above 0, got 0"),
     ("sample nowhere temperature=-1", "temperature must not be below 0, got -1"),
