@@ -127,10 +127,11 @@ class HybridModel(nn.Module):
         if labels is not None and labels.shape != tokens.shape:
             raise ValueError(f"labels must have the shape of tokens {tuple(tokens.shape)}, got {tuple(labels.shape)}")
         if tokens.device.type == "cpu":  # a device would have to be waited for
-            for name, values in (("tokens", tokens), ("labels", labels)):
-                known = None if values is None else values[values != IGNORED]
-                if known is not None and known.numel() and not 0 <= int(known.min()) <= int(known.max()) < vocab_size:
-                    raise ValueError(f"{name} must lie in [0, vocab_size = {vocab_size}), got {int(known.max())}")
+            asked = tokens[:0] if labels is None else labels[labels != IGNORED]
+            for name, values in (("tokens", tokens), ("labels", asked)):
+                wrong = values[(values < 0) | (values >= vocab_size)]
+                if wrong.numel():
+                    raise ValueError(f"{name} must lie in [0, vocab_size = {vocab_size}), got {int(wrong[0])}")
         if self.parallel.sequence_parallel and length % tp.size != 0:
             raise ValueError(
                 f"tokens of a cp rank ({length}) must be divisible by tp ({tp.size}) for sequence_parallel"

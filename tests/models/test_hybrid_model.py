@@ -53,6 +53,7 @@ def test_generation_is_repeatable_and_stops():
             "tokens must have shape",
         ),
         (lambda m: m(torch.full((1, 8), 40)), r"tokens must lie in \[0, vocab_size = 40\), got 40"),
+        (lambda m: m(torch.full((1, 8), -100)), r"tokens must lie in \[0, vocab_size = 40\), got -100"),
         (lambda m: m(torch.zeros(1, 8, dtype=torch.long), torch.full((1, 8), 99)), "labels must lie in"),
         (lambda m: m(torch.zeros(2, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long)), "shape of tokens"),
         (lambda m: generate(m, [], 3), "prompt must hold"),
