@@ -28,7 +28,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    install_requires=["torch>=2.6", "numpy>=1.26"],
+    # Triton comes with PyTorch's CUDA builds for Linux; its CPU builds lack it
+    install_requires=["torch>=2.8", "numpy>=1.26", "triton>=3.4; sys_platform == 'linux'"],
     extras_require={
         "train": train,
         "test": test,

@@ -1,7 +1,13 @@
-"""What all tests share: a fixed seed, NaN in fresh memory, and a reason where a GPU is missing."""
+"""What all tests share: a fixed seed, NaN in fresh memory, and what happens where a GPU is missing."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # before anything imports them, the Triton kernels choose to run on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items):

@@ -8,7 +8,7 @@ host-to-device copy per tensor and no synchronisation.
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ class Documents:
         self._cache: dict[tuple, object] = {}
 
     @classmethod
+    @lru_cache(maxsize=64)
     def rows(cls, batch: int, seqlen: int) -> "Documents":
         """Every row of a (batch, seqlen) tensor is one document."""
         return cls([row * seqlen for row in range(batch + 1)])
@@ -91,6 +92,11 @@ class Documents:
     @cached_property
     def lengths(self) -> np.ndarray:
         return np.diff(np.asarray(self.offsets, dtype=np.int64))
+
+    @cached_property
+    def on_host(self) -> Tensor:
+        """(documents + 1,) the offsets."""
+        return torch.tensor(self.offsets, dtype=torch.int64)
 
     @cached_property
     def starts(self) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The SSD operator: one function for a whole sequence, and the same cut in two where the state passes."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ..common.checks import check_choice, check_divisible, check_ndim, check_positive, check_shape
 from ..common.documents import Documents
+from ..common.transfer import to_device
 from .chunked import ChunkedSpan
 from .reference import discretize, skip
 
@@ -48,24 +50,58 @@ class SSDSpan:
         else:
             self.documents = Documents.rows(batch, seqlen)
         self.x, self.D, self.z = x, D, z
-        self.state_shape = (self.documents.nrows, *x.shape[2:], B.shape[-1])
+        self.state_shape = (*x.shape[2:], B.shape[-1])
+        self.triton = _takes(backend, x, B)
+        if self.triton:
+            self.arguments = (x, dt, A, B, C, dt_bias)
+            self.steps = (dt_softplus, float(dt_limit[0]), float(dt_limit[1]))
+            return
         with torch.autocast(x.device.type, enabled=False):
             dt = discretize(dt, dt_bias, dt_softplus, dt_limit)
             flat = [tensor.flatten(0, 1) for tensor in (x, dt, B, C)]
             self.span = ChunkedSpan(flat[0], flat[1], A, flat[2], flat[3], chunk_size, self.documents)
 
-    def leaving(self) -> tuple[Tensor, Tensor]:
+    def leaving(self, of: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Each document's final state if nothing enters, (documents, nheads, headdim, d_state), and the share of an
-        entering state that it leaves, (documents, nheads); float32 or wider. Documents are those of `cu_seqlens`."""
-        with torch.autocast(self.x.device.type, enabled=False):
-            return self.span.leaving()
+        entering state that it leaves, (documents, nheads); float32 or wider. Documents are those of `cu_seqlens`, or of
+        them those whose numbers are in `of`."""
+        if self.triton:
+            from .gpu import ops
 
-    def scan(self, initial_states: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Outputs and final states, given the states that enter; shapes as in `mamba_chunk_scan_combined`."""
+            x, dt, A, B, _, dt_bias = self.arguments
+            count = len(self.documents) if of is None else len(of)
+            state, log_decay = ops.ssd_state(
+                x, dt, A, B, dt_bias, self.documents.on_host, host_index(of), count, *self.steps, ops.precision()
+            )
+            return state, torch.exp(log_decay)
+        with torch.autocast(self.x.device.type, enabled=False):
+            state, decay = self.span.leaving()
+        if of is not None:
+            chosen = to_device(host_index(of), state.device)
+            state, decay = state[chosen], decay[chosen]
+        return state, decay
+
+    def scan(
+        self, initial_states: Tensor | None = None, *, into: Sequence[int] | None = None, final_states: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Outputs and final states, given the states that enter; shapes as in `mamba_chunk_scan_combined`.
+
+        into: the numbers of the documents that the states enter, one for each; nothing enters the others. Without
+        `final_states` they are not kept.
+        """
         if initial_states is not None:
             axes = "(batch or documents, nheads, headdim, d_state)"
-            check_shape("initial_states", initial_states, self.state_shape, axes)
-            initial_states = self.documents.enter(initial_states)
+            count = self.documents.nrows if into is None else len(into)
+            check_shape("initial_states", initial_states, (count, *self.state_shape), axes)
+        if self.triton:
+            return self._scan_triton(initial_states, into, final_states)
+        if initial_states is not None:
+            if into is None:
+                initial_states = self.documents.enter(initial_states)
+            else:
+                chosen = to_device(host_index(into), initial_states.device)
+                nothing = initial_states.new_zeros(len(self.documents), *self.state_shape)
+                initial_states = nothing.index_copy(0, chosen, initial_states)
         with torch.autocast(self.x.device.type, enabled=False):
             y, final = self.span.scan(initial_states)
             y = y.view(self.x.shape)
@@ -73,7 +109,47 @@ class SSDSpan:
                 y = y + skip(self.x, self.D)
             if self.z is not None:
                 y = y * F.silu(self.z.to(y.dtype))
-        return y.to(self.x.dtype), self.documents.leave(final)
+        return y.to(self.x.dtype), self.documents.leave(final) if final_states else None
+
+    def _scan_triton(self, initial_states, into, final_states):
+        from .gpu import ops
+
+        x, dt, A, B, C, dt_bias = self.arguments
+        edges = self.documents.row_edges
+        enters = host_index(into if into is not None else edges and edges[0])
+        leaves = host_index((edges and edges[1]) if final_states else ())
+        y, final, _, _ = ops.ssd_scan(
+            x, dt, A, B, C, self.D, self.z, dt_bias, initial_states, self.documents.on_host, enters, leaves,
+            self.documents.nrows if final_states else 0, *self.steps, ops.precision(), torch.is_grad_enabled(),
+            not torch.compiler.is_compiling(),
+        )  # fmt: skip
+        return y, final if final_states else None
+
+
+def host_index(numbers: Sequence[int] | None) -> Tensor | None:
+    """Numbers of documents as a tensor on the host."""
+    return None if numbers is None else torch.as_tensor(numbers, dtype=torch.int64).flatten()
+
+
+def _takes(backend: Backend, x: Tensor, B: Tensor) -> bool:
+    """Whether the Triton kernels take this call; raises ValueError where they were asked for and cannot."""
+    if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
+        return False
+    try:
+        from .gpu import config, launch
+    except ImportError:
+        if backend == "triton":
+            raise ValueError("backend 'triton' needs the package triton; install it or use 'torch'") from None
+        return False
+    try:
+        if x.device.type != "cuda" and not launch.INTERPRETED:
+            raise ValueError(f"backend 'triton' needs tensors on a GPU, got them on {x.device.type!r}; use 'torch'")
+        config.choose(x.shape[3], B.shape[3], x.dtype, launch.device_limits(x.device)[0])
+    except ValueError:
+        if backend == "triton":
+            raise
+        return False
+    return True
 
 
 def mamba_chunk_scan_combined(
@@ -117,14 +193,12 @@ def mamba_chunk_scan_combined(
     span = SSDSpan(
         x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, cu_seqlens, dt_softplus, dt_limit, backend=backend
     )
-    y, final_states = span.scan(initial_states)
-    return (y, final_states) if return_final_states else y
+    y, final = span.scan(initial_states, final_states=return_final_states)
+    return (y, final) if return_final_states else y  # type: ignore[return-value]
 
 
 def _check(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, cu_seqlens, dt_limit, backend) -> None:
     check_choice("backend", backend, ("auto", "triton", "torch"))
-    if backend == "triton":
-        raise ValueError("backend 'triton' has no SSD kernel in this version; use 'auto' or 'torch'")
     check_positive("chunk_size", chunk_size)
     check_ndim("x", x, "(batch, seqlen, nheads, headdim)")
     check_ndim("B", B, "(batch, seqlen, ngroups, d_state)")

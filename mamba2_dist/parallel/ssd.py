@@ -58,12 +58,15 @@ def ssd_over_segments(
         flat[0], flat[1], A, flat[2], flat[3], chunk_size,
         D=D, dt_bias=dt_bias, cu_seqlens=local.documents, dt_softplus=dt_softplus, dt_limit=dt_limit, backend=backend,
     )  # fmt: skip
-    entering = None
-    if len(table.chain) > 1:
-        state, decay = _segment_elements(span, local)
-        entering = state_scan(state, decay[..., None, None], table, group, scan)
-        entering = _enter_pieces(entering, local)
-    y, _ = span.scan(entering)
+    if len(table.chain) == 1:
+        y, _ = span.scan(final_states=False)
+        return y.view(x.shape)
+    state, decay = _segment_elements(span, local)
+    entering = state_scan(state, decay[..., None, None], table, group, scan)
+    # a segment's entering state goes to its first piece if that continues a document
+    continues = local.tensor("continues", entering.device)[..., None, None, None]
+    entering = torch.where(continues, entering, 0.0).flatten(0, 1)
+    y, _ = span.scan(entering, into=local.first.flatten(), final_states=False)
     return y.view(x.shape)
 
 
@@ -72,15 +75,6 @@ def _segment_elements(span: SSDSpan, local: LocalSegments) -> tuple[Tensor, Tens
 
     The state is its last document's; the decay is zero where a document starts inside.
     """
-    state, decay = span.leaving()
-    last = local.tensor("last", state.device)
+    state, decay = (element.unflatten(0, local.last.shape) for element in span.leaving(local.last.flatten()))
     passes = local.tensor("passes", state.device)
-    return state[last], torch.where(passes[..., None], decay[last], 0.0)
-
-
-def _enter_pieces(entering: Tensor, local: LocalSegments) -> Tensor:
-    """(pieces, nheads, headdim, d_state): a segment's entering state goes to its first piece if that continues."""
-    continues = local.tensor("continues", entering.device)[..., None, None, None]
-    states = torch.where(continues, entering, 0.0).flatten(0, 1)
-    first = local.tensor("first", entering.device).flatten()
-    return states.new_zeros(len(local.documents), *states.shape[1:]).index_copy(0, first, states)
+    return state, torch.where(passes[..., None], decay, 0.0)

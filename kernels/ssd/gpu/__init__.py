@@ -1,0 +1,1 @@
+"""SSD kernels in Triton: one pass over a span forward, two sweeps and products within chunks backward."""

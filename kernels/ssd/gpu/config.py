@@ -1,0 +1,94 @@
+"""Which tiles, warps and stages each kernel runs with: a table, the same on every rank, chosen without timing.
+
+Measured on an H100 for headdim 64 and d_state 128 in bfloat16 (docs/kernels.md); the other rows are the largest tiles
+whose registers and shared memory fit, as tests/kernels/test_compile.py asserts for each architecture.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+MAX_HEADDIM, MAX_D_STATE = 128, 256
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Warps of a program, stages of its software pipeline, and the most registers of a thread, if limited."""
+
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes, in tokens, channels and state dimensions.
+
+    scan_chunk: tokens of a chunk in the forward pass; chunk: in the backward pass; block: source tokens of a program
+    there, chunk or chunk / 2; P and N: tile of a state, P_tiles and sweep_N: how many channel tiles a head has and the
+    state dimensions of a tile in the sweeps.
+    """
+
+    scan_chunk: int
+    chunk: int
+    block: int
+    P: int
+    P_tiles: int
+    N: int
+    sweep_N: int
+    scan: Launch
+    sweep: Launch
+    pairs: Launch
+    dx: Launch
+    outside: Launch
+
+    @property
+    def state_shape(self) -> tuple[int, int]:
+        """Headdim and d_state of a state in memory, padded to whole tiles."""
+        return self.P * self.P_tiles, self.N
+
+
+@lru_cache(maxsize=256)
+def choose(headdim: int, d_state: int, dtype: torch.dtype, capability: int) -> Config:
+    """The configuration for a shape, a dtype and a GPU's compute capability (90 for an H100).
+
+    Raises ValueError for shapes and dtypes that no configuration fits.
+    """
+    if headdim > MAX_HEADDIM or d_state > MAX_D_STATE:
+        raise ValueError(
+            f"headdim ({headdim}) must be at most {MAX_HEADDIM} and d_state ({d_state}) at most {MAX_D_STATE} "
+            "for backend 'triton'; use 'torch'"
+        )
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"x must be bfloat16, float16 or float32 for backend 'triton', got {dtype}; use 'torch'")
+    if capability < 80:
+        raise ValueError(f"backend 'triton' needs compute capability 8.0 or later, got {capability / 10}; use 'torch'")
+    channels, N = _tile(headdim), _tile(d_state)
+    large = capability in (90, 100, 103)  # 227 KiB of shared memory
+    if dtype == torch.float32:
+        P = min(channels, 32)
+        small = 16 if N == 256 else 32
+        return Config(
+            16, small, small, P, channels // P, N, min(N, 128),
+            Launch(4, 1), Launch(4, 1), Launch(4, 1), Launch(4, 1), Launch(4, 1),
+        )  # fmt: skip
+    P = min(channels, 64)
+    if N == 256:
+        return Config(
+            32, 32, 32, P, channels // P, N, 128,
+            Launch(8, 1), Launch(4, 2), Launch(4, 1), Launch(4, 1), Launch(4, 1),
+        )  # fmt: skip
+    if large:
+        return Config(
+            64, 128, 64, P, channels // P, N, N,
+            Launch(4, 2), Launch(4, 2), Launch(4, 3), Launch(4, 2), Launch(8, 3),
+        )  # fmt: skip
+    return Config(
+        64, 64, 64, P, channels // P, N, N,
+        Launch(4, 2), Launch(4, 2), Launch(4, 2), Launch(4, 1), Launch(4, 2),
+    )  # fmt: skip
+
+
+def _tile(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())

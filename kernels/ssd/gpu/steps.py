@@ -1,0 +1,177 @@
+"""Step sizes: from raw dt to the decays that the kernels read, and back.
+
+Within a chunk of L tokens, in units of log2: cum_l is the sum of A dt up to and including token l, log_dt_l is
+log2(dt_l), and weight_l = dt_l 2^(cum_end - cum_l) is what token l's x B^T weighs in the chunk's final state. All
+float32, (nheads, nchunks * L); the rest of a short chunk holds dt = TINY, which neither decays a state nor adds to it.
+"""
+
+import triton
+import triton.language as tl
+
+# the smallest step: its logarithm and its quotients are finite, and its effect is below every rounding
+TINY = tl.constexpr(1e-30)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + e^x), accurate in both tails: x + log1p(e^-x) above 0, log1p(e^x) below."""
+    small = tl.exp(-tl.abs(x))
+    whole = 1.0 + small
+    # log1p by way of the rounding of 1 + u (Kahan)
+    log1p = tl.where(whole == 1.0, small, tl.log(whole) * (small / tl.where(whole == 1.0, 1.0, whole - 1.0)))
+    return tl.maximum(x, 0.0) + log1p
+
+
+@triton.jit
+def _raw(
+    dt_ptr,
+    dt_bias_ptr,
+    row,
+    start,
+    length,
+    row_stride,
+    token_stride,
+    head_stride,
+    offs_l,
+    offs_h,
+    nheads,
+    HAS_BIAS: tl.constexpr,
+):
+    base = dt_ptr + row.to(tl.int64) * row_stride + start.to(tl.int64) * token_stride
+    mask = (offs_l[:, None] < length) & (offs_h[None, :] < nheads)
+    raw = tl.load(
+        base + offs_l[:, None].to(tl.int64) * token_stride + offs_h[None, :] * head_stride, mask=mask, other=0.0
+    )
+    raw = raw.to(tl.float32)
+    if HAS_BIAS:
+        raw += tl.load(dt_bias_ptr + offs_h, mask=offs_h < nheads, other=0.0).to(tl.float32)[None, :]
+    return raw
+
+
+@triton.jit(do_not_specialize=["nchunks", "nheads", "low", "high"])
+def discretize_kernel(
+    dt_ptr, dt_bias_ptr, A_ptr, cum_ptr, log_dt_ptr, weight_ptr, chunks_ptr, nchunks,
+    row_stride, token_stride, head_stride, nheads, low, high,
+    L: tl.constexpr, H: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+):  # fmt: skip
+    """dt = clamp(softplus(raw + bias)) of one chunk and H heads -> cum, log_dt, weight."""
+    chunk = tl.program_id(0)
+    row = tl.load(chunks_ptr + chunk)
+    start = tl.load(chunks_ptr + nchunks + chunk)
+    length = tl.load(chunks_ptr + 2 * nchunks + chunk)
+    offs_l = tl.arange(0, L)
+    offs_h = tl.program_id(1) * H + tl.arange(0, H)
+    dt = _raw(
+        dt_ptr, dt_bias_ptr, row, start, length, row_stride, token_stride, head_stride, offs_l, offs_h, nheads, HAS_BIAS
+    )
+    if SOFTPLUS:
+        dt = _softplus(dt)
+    dt = tl.maximum(tl.minimum(tl.maximum(dt, low), high), TINY)
+    inside = offs_l[:, None] < length
+    dt = tl.where(inside, dt, TINY)
+    A = tl.load(A_ptr + offs_h, mask=offs_h < nheads, other=0.0).to(tl.float32)
+    log_decay = tl.where(inside, dt * (A * LOG2E)[None, :], 0.0)
+    cum = tl.cumsum(log_decay, 0)
+    end = tl.sum(tl.where(offs_l[:, None] == L - 1, cum, 0.0), 0)
+    out = offs_h[None, :].to(tl.int64) * (nchunks * L) + chunk * L + offs_l[:, None]
+    mask = offs_h[None, :] < nheads
+    tl.store(cum_ptr + out, cum, mask=mask)
+    tl.store(log_dt_ptr + out, tl.log2(dt), mask=mask)
+    tl.store(weight_ptr + out, dt * tl.exp2(end[None, :] - cum), mask=mask)
+
+
+@triton.jit(do_not_specialize=["nchunks", "first_head", "wheads", "nheads", "ngroups", "low", "high"])
+def discretize_backward_kernel(
+    dt_ptr, dt_bias_ptr, A_ptr, cum_ptr, sums_ptr, W_ptr, S_ptr, ddt_ptr, shares_ptr, d_decay_ptr, chunks_ptr, nchunks,
+    row_stride, token_stride, head_stride, d_row_stride, d_token_stride, first_head, wheads, nheads, ngroups, low, high,
+    L: tl.constexpr, K: tl.constexpr, H: tl.constexpr, PT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, HAS_D_DECAY: tl.constexpr,
+):  # fmt: skip
+    """The gradients of raw dt, and each chunk's shares, (nchunks, 3, nheads), of those of A, dt_bias and D, from sums
+    over pairs of tokens.
+
+    The gradient of token k's log decay is the sum over pairs of source j and target i with j < k <= i: both in the
+    chunk, R - K; source before it, E; target after it, F; both outside, W. No sum contains a term that another
+    cancels, so that it is right at every decay. d_decay is the gradient of a document's total log decay.
+    """
+    chunk = tl.program_id(0)
+    row = tl.load(chunks_ptr + chunk)
+    start = tl.load(chunks_ptr + nchunks + chunk)
+    length = tl.load(chunks_ptr + 2 * nchunks + chunk)
+    offs_l = tl.arange(0, L)
+    offs_w = tl.program_id(1) * H + tl.arange(0, H)
+    offs_h = first_head + offs_w
+    known = offs_w < wheads
+    inside = (offs_l[:, None] < length) & known[None, :]
+    slots = nchunks.to(tl.int64) * L
+    plane = wheads * PT * slots
+    pairs = tl.zeros([L, H], tl.float32)
+    left = tl.zeros([L, H], tl.float32)
+    before = tl.zeros([L, H], tl.float32)
+    after = tl.zeros([L, H], tl.float32)
+    earlier = tl.zeros([L, H], tl.float32)
+    diagonal = tl.zeros([L, H], tl.float32)
+    through = tl.zeros([H], tl.float32)
+    for p in range(PT):
+        v = offs_w * PT + p
+        at = sums_ptr + v[None, :].to(tl.int64) * slots + chunk * L + offs_l[:, None]
+        pairs += tl.load(at, mask=inside, other=0.0)
+        left += tl.load(at + plane, mask=inside, other=0.0)
+        if L > K:
+            # beside the diagonal the first half holds sources, the second targets
+            pairs += tl.load(at + 2 * plane, mask=inside & (offs_l[:, None] >= K), other=0.0)
+            left += tl.load(at + 2 * plane, mask=inside & (offs_l[:, None] < K), other=0.0)
+        diagonal += tl.load(at + 3 * plane, mask=inside, other=0.0)
+        before += tl.load(at + 4 * plane, mask=inside, other=0.0)
+        after += tl.load(at + 5 * plane, mask=inside, other=0.0)
+        through += tl.load(W_ptr + v.to(tl.int64) * nchunks + chunk, mask=known, other=0.0)
+        # what precedes token k is read from k - 1: subtracting k from a sum that contains it would cancel
+        earlier += tl.load(at + 5 * plane - 1, mask=inside & (offs_l[:, None] > 0), other=0.0)
+    cum_end = tl.load(cum_ptr + offs_h.to(tl.int64) * slots + chunk * L + L - 1, mask=known, other=0.0)
+    d_log_decay = tl.cumsum(pairs - left + before, 0, reverse=True) + tl.cumsum(earlier, 0)
+    whole = through * tl.exp2(cum_end)
+    if HAS_D_DECAY:
+        final = tl.load(chunks_ptr + 3 * nchunks + chunk)
+        whole += tl.load(d_decay_ptr + final.to(tl.int64) * nheads + offs_h, mask=known & (final >= 0), other=0.0)
+    d_log_decay += whole[None, :]
+
+    raw = _raw(
+        dt_ptr, dt_bias_ptr, row, start, length, row_stride, token_stride, head_stride, offs_l, offs_h, nheads, HAS_BIAS
+    )
+    dt = raw
+    if SOFTPLUS:
+        dt = _softplus(raw)
+    passes = (dt >= low) & (dt <= high)
+    dt = tl.maximum(tl.minimum(tl.maximum(dt, low), high), TINY)
+    A = tl.load(A_ptr + offs_h, mask=known, other=0.0).to(tl.float32)
+    groups = offs_h // (nheads // ngroups)
+    S = tl.load(S_ptr + groups[None, :].to(tl.int64) * slots + chunk * L + offs_l[:, None], mask=inside, other=0.0)
+    ddt = A[None, :] * d_log_decay + (left + after) / dt + diagonal * S
+    ddt = tl.where(inside & passes, ddt, 0.0)
+    if SOFTPLUS:
+        ddt = ddt * tl.sigmoid(raw)
+    out = (
+        ddt_ptr
+        + row.to(tl.int64) * d_row_stride
+        + (start + offs_l)[:, None].to(tl.int64) * d_token_stride
+        + offs_h[None, :]
+    )
+    tl.store(out, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
+    share = shares_ptr + chunk.to(tl.int64) * 3 * nheads + offs_h
+    tl.store(share, tl.sum(tl.where(inside, d_log_decay * dt, 0.0), 0), mask=known)
+    tl.store(share + nheads, tl.sum(ddt, 0), mask=known)
+    tl.store(share + 2 * nheads, tl.sum(diagonal, 0), mask=known)
+
+
+@triton.jit(do_not_specialize=["nchunks", "columns"])
+def sum_chunks_kernel(shares_ptr, total_ptr, nchunks, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum over chunks of (nchunks, columns), always in the same order."""
+    at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    rows = tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, nchunks, ROWS):
+        chunk = first + rows
+        mask = (chunk[:, None] < nchunks) & (at[None, :] < columns)
+        total += tl.load(shares_ptr + chunk[:, None].to(tl.int64) * columns + at[None, :], mask=mask, other=0.0)
+    tl.store(total_ptr + at, tl.sum(total, 0), mask=at < columns)

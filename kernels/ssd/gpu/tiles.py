@@ -1,0 +1,71 @@
+"""Tiles that every SSD kernel reads and writes: tokens of one span, and states.
+
+Tensor descriptors start at a span's first token and end at its last, so that the hardware reads zeros beyond it and
+drops what is written there; no kernel masks rows. Offsets of rows, heads and states are 64-bit.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def head_tokens(
+    ptr, row, start, length, row_stride, token_stride, head, head_stride, width, L: tl.constexpr, W: tl.constexpr
+):
+    """Descriptor of (length, width): one head's (or group's) tokens of a span."""
+    base = ptr + row.to(tl.int64) * row_stride + start.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
+    return tl.make_tensor_descriptor(base, [length, width], [token_stride, 1], [L, W])
+
+
+@triton.jit
+def span_tokens(
+    ptr,
+    row,
+    start,
+    length,
+    row_stride,
+    token_stride,
+    heads,
+    head_stride,
+    width,
+    L: tl.constexpr,
+    W: tl.constexpr,
+    FLAT: tl.constexpr,
+):
+    """Descriptor of all heads' tokens of a span. FLAT: heads lie side by side and tiles divide them."""
+    base = ptr + row.to(tl.int64) * row_stride + start.to(tl.int64) * token_stride
+    if FLAT:
+        return tl.make_tensor_descriptor(base, [length, heads * width], [token_stride, 1], [L, W])
+    else:
+        return tl.make_tensor_descriptor(base, [length, heads, width], [token_stride, head_stride, 1], [L, 1, W])
+
+
+@triton.jit
+def load_tokens(descriptor, token, head, column, width, L: tl.constexpr, W: tl.constexpr, FLAT: tl.constexpr):
+    if FLAT:
+        return descriptor.load([token, head * width + column])
+    else:
+        return descriptor.load([token, head, column]).reshape(L, W)
+
+
+@triton.jit
+def store_tokens(descriptor, token, head, column, width, tile, L: tl.constexpr, W: tl.constexpr, FLAT: tl.constexpr):
+    if FLAT:
+        descriptor.store([token, head * width + column], tile)
+    else:
+        descriptor.store([token, head, column], tile.reshape(L, 1, W))
+
+
+@triton.jit
+def state_pointers(ptr, index, p_tile, n_tile, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr, NT: tl.constexpr):
+    """Pointers to tile (p_tile, n_tile) of the state at `index` of a (..., PT * P, NT * N) tensor."""
+    base = ptr + index * (PT * P * NT * N) + p_tile * (P * NT * N) + n_tile * N
+    return base + tl.arange(0, P)[:, None] * (NT * N) + tl.arange(0, N)[None, :]
+
+
+@triton.jit
+def prefetch(pointers):
+    """Ask for the cache lines behind `pointers`, so that a later copy finds them in L2."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )

@@ -1,0 +1,103 @@
+"""Compiles the SSD kernels for GPUs that need not be there and prints what each needs, one JSON object a line.
+
+Run as a program, with TRITON_INTERPRET unset: `python compile_kernels.py CAPABILITY DTYPE HEADDIM D_STATE`.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from mamba2_dist.kernels.ssd.gpu import backward, config, scan, steps, sweep
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+DTYPES = {"bfloat16": ("bf16", torch.bfloat16), "float16": ("fp16", torch.float16), "float32": ("fp32", torch.float32)}
+# pointers that hold the dtype of x; the others hold float32, and indices int32
+IN_X_DTYPE = {
+    "x_ptr", "dy_ptr", "z_ptr", "rows_ptr", "cols_ptr", "others_ptr", "B_ptr", "C_ptr", "dh_ptr", "dx_ptr", "y_ptr",
+    "ungated_ptr", "states_ptr", "opposite_ptr", "Q_ptr", "dt_ptr", "ddt_ptr",
+}  # fmt: skip
+
+
+def cases(choice, precision):
+    """Every kernel with the constants that make it largest."""
+    state = {"P": choice.P, "PT": choice.P_tiles, "PRECISION": precision}
+    for reverse in (False, True):
+        yield (
+            f"sweep{'_reverse' * reverse}", sweep.sweep_kernel, choice.sweep,
+            state | {"L": choice.chunk, "N": choice.sweep_N, "NT": choice.N // choice.sweep_N, "REVERSE": reverse,
+                     "HAS_ROWS": True, "STORE": True, "ONLY_LEAVING": False, "PREFETCH": True},
+        )  # fmt: skip
+    for gated in (False, True):
+        yield (
+            f"scan{'_gated' * gated}", scan.scan_kernel, choice.scan,
+            state | {"L": choice.scan_chunk, "N": choice.N, "HAS_D": True, "HAS_Z": gated, "KEEP_UNGATED": gated,
+                     "PREFETCH": True},
+        )  # fmt: skip
+    chunk = state | {"L": choice.chunk, "N": choice.N, "FLAT": True}
+    blocks = chunk | {"K": choice.block}
+    yield "pairs", backward.pairs_kernel, choice.pairs, blocks | {"STAGES": choice.pairs.stages}
+    yield "dx", backward.dx_kernel, choice.dx, blocks | {"HAS_DY": True, "HAS_D": True, "STAGES": choice.dx.stages}
+    for source in (False, True):
+        yield (
+            f"outside{'_source' * source}", backward.outside_kernel, choice.outside,
+            chunk | {"SOURCE": source, "HAS_Q": True, "ADD": True, "STAGES": choice.outside.stages},
+        )  # fmt: skip
+    few, more_warps = config.Launch(4, 3), config.Launch(8, 3)
+    step = {"L": choice.chunk, "H": 16, "HAS_BIAS": True, "SOFTPLUS": True}
+    yield "discretize", steps.discretize_kernel, few, step
+    more = {"K": choice.block, "PT": choice.P_tiles, "HAS_D_DECAY": True}
+    yield "discretize_backward", steps.discretize_backward_kernel, more_warps, step | more
+    size = choice.N * choice.P * choice.P_tiles
+    yield "pass", sweep.pass_kernel, few, {"SIZE": size, "BLOCK": min(size, 1024), "REVERSE": False, "STORE": True}
+
+
+def compile_kernel(kernel, launch, constants, dtype, capability):
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            integers = name in ("chunks_ptr", "spans_ptr", "documents_ptr") or "index" in name
+            signature[name] = "*i32" if integers else f"*{dtype}" if name in IN_X_DTYPE else "*fp32"
+        else:
+            signature[name] = "fp32" if name in ("low", "high") else "i32"
+    even = [name for name, kind in signature.items() if kind.startswith("*") or name.endswith("_stride")]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs=constants,
+        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even},
+    )
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(compiled):
+    """Registers and stack bytes of a thread, shared memory of a program."""
+    tool = next((Path(triton.__file__).parent / "backends/nvidia/bin").glob("cuobjdump*"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    ptx = compiled.asm["ptx"]
+    return {
+        "registers": int(registers), "stack": int(stack), "shared": compiled.metadata.shared,
+        "wgmma": ptx.count("wgmma.mma_async"), "tma": ptx.count("cp.async.bulk.tensor"),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    capability, dtype, headdim, d_state = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    short, torch_dtype = DTYPES[dtype]
+    choice = config.choose(headdim, d_state, torch_dtype, capability)
+    precision = "tf32x3" if dtype == "float32" else "tf32"
+    for name, kernel, launch, constants in cases(choice, precision):
+        compiled = compile_kernel(kernel, launch, constants, short, capability)
+        print(json.dumps({"kernel": name, "warps": launch.warps, **resources(compiled)}), flush=True)

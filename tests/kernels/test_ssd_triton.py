@@ -1,0 +1,444 @@
+"""The Triton operator against float64: interpreted in float32 without a GPU, compiled in every dtype with one."""
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+from mamba2_dist.kernels.ssd import SSDSpan, mamba_chunk_scan_combined, ssd_recurrence
+from torch.utils.checkpoint import checkpoint
+
+from ..tolerances import RELATIVE, assert_close, relative_error
+from .test_ssd import make_inputs
+
+config, launch, ops = (
+    pytest.importorskip(f"mamba2_dist.kernels.ssd.gpu.{name}") for name in ("config", "launch", "ops")
+)
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+QUANTITIES = ("y final_states", "dx dB dC dz dinitial_states", "ddt", "dA ddt_bias dD")
+
+
+def _bounds(*errors):
+    """Relative errors of results, of gradients of activations, of steps and of what all tokens share."""
+    return {name: error for error, names in zip(errors, QUANTITIES, strict=True) for name in names.split()}
+
+
+INTERPRETED = _bounds(*[RELATIVE[FP32]] * 4)
+BOUNDS = {
+    BF16: _bounds(3e-3, 5e-3, 1e-2, 2e-2),
+    FP16: _bounds(3e-3, 5e-3, 1e-2, 2e-2),
+    FP32: _bounds(1e-5, 2e-5, 1e-4, 1e-4),
+}
+LOOSER = {
+    ("slow", BF16): {"dA": 7e-2},
+    # float32 holds a chunk's sum of log decays, up to 1e3, to 1e-4
+    ("alternating", FP32): _bounds(1e-4, 1e-4, 1e-4, 2e-2),
+}
+
+# ranges of -A and of dt
+REGIMES = {
+    "typical": (1, 16, 1e-3, 0.1), "slow": (1e-6, 1e-6, 1e-3, 0.1), "fast": (16, 16, 0.05, 0.1),
+    "huge": (16, 16, 0.5, 5), "vanishing": (1e3, 1e3, 1e-3, 0.1), "alternating": (1, 16, 1e-3, 1e-3),
+    "faint": (1, 16, math.exp(-30), math.exp(-15)), "still": (1, 16, 1e-3, 0.1), "outliers": (1, 16, 1e-3, 0.1),
+    "silent": (1, 16, 1e-3, 0.1),
+}  # fmt: skip
+OFFSETS = [0, 0, 63, 64, 65, 128, 129, 129, 150, 150]
+
+interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="needs Triton's interpreter: TRITON_INTERPRET=1")
+PLACES = [
+    pytest.param("cpu", (1, 150, 2, 16, 16, 1), FP32, marks=interpreted, id="interpreted"),
+    pytest.param("cuda", (1, 300, 4, 64, 128, 2), BF16, marks=pytest.mark.gpu, id="cuda"),
+]
+everywhere = pytest.mark.parametrize(("device", "shape", "dtype"), PLACES)
+
+on_triton = functools.partial(
+    mamba_chunk_scan_combined, chunk_size=64, dt_softplus=True, return_final_states=True, backend="triton"
+)
+on_torch = functools.partial(on_triton, backend="torch")
+by_definition = functools.partial(ssd_recurrence, dt_softplus=True)
+
+
+@pytest.fixture(autouse=True)
+def _exact_products():
+    """float32 products keep their digits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fresh memory holds nan, however it is asked for."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+def draw(shape, dtype, regime="typical", device="cpu", gate=False, **options):
+    """Random arguments, activations in `dtype`; shape: batch, seqlen, nheads, headdim, d_state, ngroups."""
+    batch, seqlen, nheads, headdim, d_state, ngroups = shape
+    inputs = make_inputs(batch, seqlen, nheads, headdim, ngroups, d_state, device=device, dtype=FP32, **options)
+    slowest, fastest, shortest, longest = REGIMES[regime]
+    inputs["A"] = -torch.empty_like(inputs["A"]).uniform_(slowest, fastest)
+    dt = torch.empty_like(inputs["dt"]).uniform_(math.log(shortest), math.log(longest)).exp()
+    if regime == "alternating":
+        dt[:, ::2] = 5.0
+    inputs["dt"] = dt + torch.log(-torch.expm1(-dt)) - inputs["dt_bias"]
+    zeros, scale = {"still": ("dt", "dt_bias"), "silent": ("x",), "faint": ("D", "initial_states")}.get(regime, ()), 1.0
+    for name in zeros:
+        inputs[name].zero_()
+    if regime == "outliers":
+        scale = torch.where(torch.rand_like(inputs["x"]) < 1e-3, 1e4, 1.0)
+    inputs["x"] *= 1e6 if regime == "faint" else scale
+    if not gate:
+        del inputs["z"]
+    return {name: t.to(dtype) if name in ("x", "dt", "B", "C", "z") else t for name, t in inputs.items()}
+
+
+def wide(inputs):
+    return {name: tensor.double() for name, tensor in inputs.items()}
+
+
+def without(inputs, *names):
+    return {name: tensor for name, tensor in inputs.items() if name not in names}
+
+
+def as_views(inputs, names=("z", "x", "B", "C", "dt")):
+    """The same values, activations as views of one tensor."""
+    widths = [inputs[name].flatten(2).shape[-1] for name in names]
+    parts = torch.cat([inputs[name].flatten(2) for name in names], -1).split(widths, -1)
+    return inputs | {name: part.unflatten(-1, inputs[name].shape[2:]) for name, part in zip(names, parts, strict=True)}
+
+
+@functools.lru_cache(maxsize=8)
+def cotangent(shape, device):
+    """A fixed random gradient that every dtype holds exactly."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
+
+
+def outcome(function, inputs, loss=("y", "final_states"), **options):
+    """Two results, and the gradients of a random functional of those in `loss`."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    results = dict(zip(("y", "final_states"), function(**leaves, **options), strict=True))
+    ends = [results[name] for name in loss]
+    weights = [cotangent(end.shape, end.device).to(end.dtype) for end in ends]
+    gradients = torch.autograd.grad(ends, list(leaves.values()), weights, allow_unused=True, materialize_grads=True)
+    return results | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+
+
+def check(actual, expected, bounds):
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_close(actual[name], tensor, bounds[name], name)
+
+
+def check_identical(actual, expected):
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+def check_scan(inputs, bounds=INTERPRETED, reference=by_definition, **options):
+    check(outcome(on_triton, inputs, **options), outcome(reference, wide(inputs), **options), bounds)
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """The tables that the operator works by."""
+    made, lay_out = [], launch.lay_out
+    monkeypatch.setattr(launch, "lay_out", lambda *args: made.append(lay_out(*args)) or made[-1])
+    return made
+
+
+@pytest.fixture
+def tiles_of_half_precision(monkeypatch):
+    monkeypatch.setattr(launch, "choose", lambda headdim, d_state, *_: config.choose(headdim, d_state, BF16, 90))
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+class TestInterpreted:
+    @pytest.mark.parametrize(("seqlen", "ngroups"), [(1, 2), (31, 1), (64, 2), (65, 4), (130, 2)])
+    def test_rows(self, seqlen, ngroups):
+        check_scan(draw((2, seqlen, 4, 16, 16, ngroups), FP32))
+
+    @pytest.mark.parametrize(
+        "absent", [(), ("D",), ("z",), ("dt_bias", "initial_states"), ("D", "z", "initial_states")]
+    )
+    @pytest.mark.parametrize("dt_softplus", [True, False])
+    def test_arguments(self, absent, dt_softplus):
+        inputs = without(draw((1, 70, 2, 24, 20, 1), FP32, gate=True, D_has_hdim=dt_softplus), *absent)
+        check_scan(inputs, dt_softplus=dt_softplus, dt_limit=(0.004, 0.05))
+
+    @pytest.mark.parametrize("loss", [("y",), ("final_states",)])
+    def test_one_loss(self, loss):
+        check_scan(draw((2, 40, 4, 16, 16, 2), FP32, gate=True), loss=loss)
+
+    @pytest.mark.parametrize("loss", [("y", "final_states"), ("final_states",)])
+    def test_documents(self, loss):
+        inputs = draw((1, 150, 4, 24, 20, 2), FP32, owners=len(OFFSETS) - 1)
+        check_scan(inputs, loss=loss, cu_seqlens=torch.tensor(OFFSETS))
+
+    def test_documents_by_index(self):
+        seq_idx = torch.tensor([[3] * 31 + [4] + [0] * 38, [2] * 70])
+        check_scan(draw((2, 70, 4, 16, 16, 2), FP32), seq_idx=seq_idx)
+
+    @pytest.mark.parametrize("chosen", [None, [7, 2, 0]])
+    def test_spans(self, chosen):
+        def scan_and_leave(backend, initial_states, **arguments):
+            documents = {"chunk_size": 32, "cu_seqlens": torch.tensor(OFFSETS)}
+            span = SSDSpan(**arguments, **documents, dt_softplus=True, backend=backend)
+            state, decay = span.leaving(chosen)
+            y, final = span.scan(initial_states, into=chosen, final_states=False)
+            assert final is None
+            return y, torch.cat([state.flatten(2), decay[..., None]], -1)
+
+        inputs = draw((1, 150, 4, 24, 20, 2), FP32, owners=len(chosen or OFFSETS[1:]))
+        actual = outcome(functools.partial(scan_and_leave, "triton"), inputs)
+        check(actual, outcome(functools.partial(scan_and_leave, "torch"), wide(inputs)), INTERPRETED)
+
+    @pytest.mark.parametrize("processors", [1, 8])
+    def test_state_gradient(self, processors, monkeypatch):
+        monkeypatch.setattr(launch, "INTERPRETED_AS", (90, processors))
+        inputs, offsets = draw((1, 300, 2, 24, 20, 1), FP32, owners=3), torch.tensor([0, 0, 31, 300])
+        expected = outcome(by_definition, wide(inputs), loss=("y",), cu_seqlens=offsets)["dinitial_states"]
+        C, dt, A, dt_bias = (inputs[name] for name in ("C", "dt", "A", "dt_bias"))
+        dy = cotangent(inputs["x"].shape, torch.device("cpu")).float()
+        actual = ops.ssd_state_gradient(dy, C, dt, A, dt_bias, offsets, None, 3, True, 0.0, math.inf, "tf32x3")
+        assert_close(actual, expected, RELATIVE[FP32])
+
+    @pytest.mark.parametrize("ngroups", [1, 2])
+    def test_tiles(self, ngroups, tiles_of_half_precision):
+        check_scan(draw((1, 200, 2, 64, 32, ngroups), FP32))
+
+    @pytest.mark.parametrize("processors", [2, 8])
+    def test_a_cut_sequence(self, processors, tables, monkeypatch):
+        inputs = draw((1, 700, 1, 16, 16, 1), FP32)
+        monkeypatch.setattr(launch, "INTERPRETED_AS", (90, processors))
+        check_scan(inputs)
+        assert all(table.cut for table in tables)
+
+    @pytest.mark.parametrize("processors", [1, 4])
+    @pytest.mark.parametrize("ngroups", [1, 2, 4])
+    def test_heads_in_waves(self, ngroups, processors, monkeypatch):
+        seen, waves = [], launch._waves
+        monkeypatch.setattr(launch, "MIN_WORKSPACE", 0)
+        monkeypatch.setattr(launch, "INTERPRETED_AS", (90, processors))
+        monkeypatch.setattr(launch, "_waves", lambda problem: seen.append(waves(problem)) or seen[-1])
+        check_scan(draw((1, 64, 4, 16, 64, ngroups), FP32))
+        assert seen[0][0] < 4
+
+    @pytest.mark.parametrize(("headdim", "dtype"), [(256, FP32), (16, FP64)])
+    def test_what_no_kernel_takes(self, headdim, dtype):
+        with pytest.raises(ValueError, match="use 'torch'"):
+            on_triton(**draw((1, 2, 1, headdim, 16, 1), dtype))
+
+    @pytest.mark.parametrize("name", ["ssd_scan", "ssd_state"])
+    def test_operators(self, name):
+        inputs = {key: t.requires_grad_() for key, t in draw((1, 5, 2, 16, 16, 1), FP32, gate=True).items()}
+        x, dt, A, B, C, D, z, dt_bias, states = inputs.values()
+        offsets, enters, steps = torch.tensor([0, 2, 5]), torch.tensor([1]), (True, 0.0, math.inf, "tf32x3")
+        arguments = {
+            "ssd_scan": (x, dt, A, B, C, D, z, dt_bias, states, offsets, enters, None, 2, *steps, True, True),
+            "ssd_state": (x, dt, A, B, dt_bias, offsets, None, 2, *steps),
+        }[name]
+        tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+        torch.library.opcheck(getattr(torch.ops.mamba2_dist, name), arguments, test_utils=tests)
+
+
+def _zero(name, plane=slice(None)):
+    return lambda arguments: arguments[name][plane].zero_()
+
+
+def _shorten(name):
+    """The last token of every chunk or span is forgotten."""
+    return lambda a: a.update({name: a[name] - (torch.arange(len(a[name]))[:, None] == 2).int()})
+
+
+# kernel, whether the fault follows it, fault
+FAULTS = {
+    **{f"no sum {plane}": ("discretize_backward_kernel", False, _zero("sums_ptr", plane)) for plane in range(6)},
+    "no states around": ("discretize_backward_kernel", False, _zero("W_ptr")),
+    "no diagonal": ("discretize_backward_kernel", False, _zero("S_ptr")),
+    "no pairs": ("outside_kernel", False, _zero("Q_ptr")),
+    "no skip": ("dx_kernel", False, _zero("D_ptr")),
+    "no decay": ("discretize_kernel", True, lambda a: a["weight_ptr"].copy_(a["log_dt_ptr"].exp2())),
+    "no states": ("sweep_kernel", True, lambda a: a["REVERSE"] or a["states_ptr"].zero_()),
+    "no gradients of states": ("sweep_kernel", True, lambda a: a["REVERSE"] and a["states_ptr"].zero_()),
+    "short steps": ("discretize_kernel", False, _shorten("chunks_ptr")),
+    "short chunks": ("outside_kernel", False, _shorten("chunks_ptr")),
+    "short spans": ("scan_kernel", False, _shorten("spans_ptr")),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_comparison_sees(fault, tiles_of_half_precision, monkeypatch):
+    (name, after, spoil), run = FAULTS[fault], launch._launch
+
+    def faulty(kernel, grid, **arguments):
+        this = kernel is getattr(launch, name)
+        if this and not after:
+            spoil(arguments)
+        run(kernel, grid, **arguments)
+        if this and after:
+            spoil(arguments)
+
+    inputs = draw((1, 200, 1, 16, 16, 1), FP32)
+    inputs["A"] /= 16  # something is left of a state after a chunk
+    monkeypatch.setattr(launch, "_launch", faulty)
+    actual, expected = outcome(on_triton, inputs), outcome(on_torch, wide(inputs))
+    assert any(relative_error(actual[name], expected[name]) > 2 * BOUNDS[BF16][name] for name in expected)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize(
+    ("device", "shape", "dtype"),
+    [*PLACES, pytest.param("cuda", (1, 300, 4, 64, 128, 2), FP32, marks=pytest.mark.gpu, id="float32")],
+)
+def test_regimes(device, shape, dtype, regime, poisoned):
+    bounds = BOUNDS[dtype] | LOOSER.get((regime, dtype), {})
+    check_scan(draw(shape, dtype, regime, device, device == "cuda"), bounds, on_torch, dt_softplus=regime != "still")
+
+
+@everywhere
+def test_views(device, shape, dtype):
+    inputs = draw(shape, dtype, device=device, gate=True)
+    actual = outcome(on_triton, as_views(inputs))
+    check_identical(actual, outcome(on_triton, inputs))
+    check(actual, outcome(on_torch, wide(inputs)), BOUNDS[dtype])
+
+
+@everywhere
+def test_packed_documents_equal_separate_ones(device, shape, dtype):
+    offsets = torch.tensor([*OFFSETS[:-2], shape[1], shape[1]])
+
+    def separately(initial_states, **arguments):
+        calls = []
+        for document, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
+            part = {name: t[:, start:end] if t.ndim > 2 else t for name, t in arguments.items()}
+            calls.append(on_triton(**part, initial_states=initial_states[document : document + 1]))
+        return tuple(torch.cat(results, dim) for dim, results in zip((1, 0), zip(*calls, strict=True), strict=True))
+
+    inputs = draw(shape, dtype, device=device, gate=device == "cuda", owners=len(OFFSETS) - 1)
+    expected = outcome(on_torch, wide(inputs), cu_seqlens=offsets)
+    check(outcome(on_triton, inputs, cu_seqlens=offsets), expected, BOUNDS[dtype])
+    check(outcome(separately, inputs), expected, BOUNDS[dtype])
+
+
+@everywhere
+@pytest.mark.parametrize("way", ["autocast", "checkpointed", "compiled"])
+def test_the_same_when(way, device, shape, dtype):
+    functions = {
+        "autocast": on_triton,
+        "checkpointed": lambda **arguments: checkpoint(on_triton, use_reentrant=False, **arguments),
+        "compiled": torch.compile(
+            lambda **arguments: on_triton(**arguments),
+            fullgraph=True,
+            backend="inductor" if device == "cuda" else "aot_eager",
+        ),
+    }
+    inputs = draw(shape, dtype, device=device, gate=device == "cuda", D_has_hdim=True)
+    expected = outcome(on_triton, inputs)
+    with torch.autocast(device, BF16, enabled=way == "autocast"):
+        check_identical(outcome(functions[way], inputs), expected)
+
+
+@everywhere
+def test_a_graph_kept_for_a_second_backward_pass(device, shape, dtype):
+    inputs = [t.requires_grad_() for t in draw(shape, dtype, device=device).values()]
+    names = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_states")
+    loss = sum(result.float().square().sum() for result in on_triton(**dict(zip(names, inputs, strict=True))))
+    first, second = (torch.autograd.grad(loss, inputs, retain_graph=keep) for keep in (True, False))
+    assert all(map(torch.equal, first, second))
+
+
+SHAPES = [
+    (1, 1, 1, 64, 128, 1), (3, 63, 5, 64, 128, 1), (1, 65, 8, 32, 16, 2), (2, 257, 8, 64, 64, 8),
+    (1, 1000, 80, 64, 128, 8), (1, 4103, 8, 128, 128, 1), (1, 300, 4, 128, 256, 1), (2, 129, 4, 16, 16, 4),
+    (1, 200, 4, 24, 20, 2), (1, 8192, 2, 64, 128, 1),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+class TestOnGPU:
+    @pytest.mark.parametrize(
+        ("dtype", "shape"),
+        [*((BF16, shape) for shape in SHAPES), (FP16, SHAPES[1]), *((FP32, SHAPES[n]) for n in (0, 1, 4, 8, 9))],
+        ids=str,
+    )
+    def test_shapes(self, dtype, shape, poisoned):
+        check_scan(draw(shape, dtype, device="cuda", gate=True), BOUNDS[dtype], on_torch)
+
+    @pytest.mark.parametrize("processors", [1, 16, 1024])
+    def test_a_cut_sequence(self, processors, tables, monkeypatch):
+        capability, _ = launch.device_limits(torch.device("cuda"))
+        monkeypatch.setattr(launch, "device_limits", lambda device: (capability, processors))
+        check_scan(draw((1, 4103, 4, 64, 128, 2), BF16, device="cuda", gate=True), BOUNDS[BF16], on_torch)
+        assert tables[0].cut == (processors > 1)
+
+    def test_the_same_bits_every_time(self):
+        inputs = draw((1, 1000, 80, 64, 128, 8), BF16, device="cuda", gate=True)
+        expected, other, square = outcome(on_triton, inputs), torch.cuda.Stream(), torch.ones(4096, 4096, device="cuda")
+        for _ in range(20):
+            with torch.cuda.stream(other):
+                torch.mm(square, square)
+            check_identical(outcome(on_triton, inputs), expected)
+
+    def test_on_another_stream(self):
+        inputs = draw((1, 300, 4, 64, 128, 2), BF16, device="cuda", gate=True)
+        expected = outcome(on_triton, inputs)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            actual = outcome(on_triton, inputs)
+        torch.cuda.synchronize()
+        check_identical(actual, expected)
+
+    def test_captured(self):
+        inputs, graph = draw((1, 300, 4, 64, 128, 2), BF16, device="cuda", gate=True), torch.cuda.CUDAGraph()
+        expected = outcome(on_triton, inputs)
+        with torch.cuda.graph(graph):
+            captured = outcome(on_triton, inputs)
+        for tensor in captured.values():
+            tensor.detach().zero_()
+        graph.replay()
+        check_identical(captured, expected)
+
+    def test_no_worse_than_mamba_ssm(self):
+        theirs = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+        inputs = without(draw((2, 1024, 24, 64, 128, 1), BF16, device="cuda"), "initial_states")
+        other = outcome(functools.partial(theirs, chunk_size=256, dt_softplus=True, return_final_states=True), inputs)
+        actual, expected = outcome(on_triton, inputs), outcome(on_torch, wide(inputs))
+        for name in ("y", "dx", "dB", "dC", "ddt"):
+            assert_close(actual[name], expected[name], 1.2 * relative_error(other[name], expected[name]) + 1e-4, name)
+
+    def test_offsets_beyond_31_bits(self):
+        if torch.cuda.mem_get_info()[0] < 60 << 30:
+            pytest.skip("needs 60 GiB of free memory")
+        inputs = draw((1, 1, 80, 64, 128, 1), BF16, device="cuda", gate=True)
+        weights = {name: inputs[name] for name in ("A", "D", "dt_bias")}
+        shapes = {name: inputs[name].shape[2:] for name in ("z", "x", "B", "C", "dt")}
+        parent = torch.randn(1, 1 << 18, 10576, device="cuda", dtype=BF16)
+        assert parent.numel() > 1 << 31
+        parts = parent.split([shape.numel() for shape in shapes.values()], -1)
+        views = {name: part.unflatten(-1, shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        dy = torch.randn(views["x"].shape, device="cuda", dtype=BF16)
+
+        def last_tokens(leaves, dy):
+            leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+            y = on_triton(**leaves, **weights, return_final_states=False)
+            return [t[:, -4096:].clone() for t in (y.detach(), *torch.autograd.grad(y, list(leaves.values()), dy))]
+
+        # what came before these has been forgotten by the last 4096
+        near = last_tokens({name: view[:, -20480:].contiguous() for name, view in views.items()}, dy[:, -20480:])
+        for actual, expected in zip(last_tokens(views, dy), near, strict=True):
+            assert_close(actual, expected, BOUNDS[BF16]["y"])
