@@ -8,7 +8,7 @@ host-to-device copy per tensor and no synchronisation.
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,6 @@ class Documents:
         self._cache: dict[tuple, object] = {}
 
     @classmethod
-    @lru_cache(maxsize=64)
     def rows(cls, batch: int, seqlen: int) -> "Documents":
         """Every row of a (batch, seqlen) tensor is one document."""
         return cls([row * seqlen for row in range(batch + 1)])

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +16,7 @@ from .chunked import ChunkedSpan
 from .reference import discretize, skip
 
 Backend = Literal["auto", "triton", "torch"]
+Numbers = Sequence[int] | np.ndarray
 
 
 class SSDSpan:
@@ -43,15 +45,22 @@ class SSDSpan:
     ):
         _check(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, cu_seqlens, dt_limit, backend)
         batch, seqlen = x.shape[:2]
-        if cu_seqlens is not None:
-            self.documents = Documents.of(cu_seqlens, batch * seqlen)
-        elif seq_idx is not None:
-            self.documents = Documents.from_seq_idx(seq_idx)
-        else:
-            self.documents = Documents.rows(batch, seqlen)
         self.x, self.D, self.z = x, D, z
         self.state_shape = (*x.shape[2:], B.shape[-1])
         self.triton = _takes(backend, x, B)
+        self.edges: tuple[list[int], list[int]] | None = None
+        if cu_seqlens is None and seq_idx is None and self.triton:
+            # rows alone are described by nothing that a compiler could not trace
+            self.nrows, self.offsets = batch, torch.arange(batch + 1) * seqlen
+        else:
+            if cu_seqlens is not None:
+                self.documents = Documents.of(cu_seqlens, batch * seqlen)
+            elif seq_idx is not None:
+                self.documents = Documents.from_seq_idx(seq_idx)
+            else:
+                self.documents = Documents.rows(batch, seqlen)
+            self.nrows, self.offsets = self.documents.nrows, self.documents.on_host
+            self.edges = self.documents.row_edges
         if self.triton:
             self.arguments = (x, dt, A, B, C, dt_bias)
             self.steps = (dt_softplus, float(dt_limit[0]), float(dt_limit[1]))
@@ -61,7 +70,7 @@ class SSDSpan:
             flat = [tensor.flatten(0, 1) for tensor in (x, dt, B, C)]
             self.span = ChunkedSpan(flat[0], flat[1], A, flat[2], flat[3], chunk_size, self.documents)
 
-    def leaving(self, of: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    def leaving(self, of: Numbers | None = None) -> tuple[Tensor, Tensor]:
         """Each document's final state if nothing enters, (documents, nheads, headdim, d_state), and the share of an
         entering state that it leaves, (documents, nheads); float32 or wider. Documents are those of `cu_seqlens`, or of
         them those whose numbers are in `of`."""
@@ -69,20 +78,20 @@ class SSDSpan:
             from .gpu import ops
 
             x, dt, A, B, _, dt_bias = self.arguments
-            count = len(self.documents) if of is None else len(of)
+            count = len(self.offsets) - 1 if of is None else len(of)
             state, log_decay = ops.ssd_state(
-                x, dt, A, B, dt_bias, self.documents.on_host, host_index(of), count, *self.steps, ops.precision()
+                x, dt, A, B, dt_bias, self.offsets, None if of is None else _on_host(of), count, *self.steps
             )
             return state, torch.exp(log_decay)
         with torch.autocast(self.x.device.type, enabled=False):
             state, decay = self.span.leaving()
         if of is not None:
-            chosen = to_device(host_index(of), state.device)
+            chosen = to_device(_on_host(of), state.device)
             state, decay = state[chosen], decay[chosen]
         return state, decay
 
     def scan(
-        self, initial_states: Tensor | None = None, *, into: Sequence[int] | None = None, final_states: bool = True
+        self, initial_states: Tensor | None = None, *, into: Numbers | None = None, final_states: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """Outputs and final states, given the states that enter; shapes as in `mamba_chunk_scan_combined`.
 
@@ -91,7 +100,7 @@ class SSDSpan:
         """
         if initial_states is not None:
             axes = "(batch or documents, nheads, headdim, d_state)"
-            count = self.documents.nrows if into is None else len(into)
+            count = self.nrows if into is None else len(into)
             check_shape("initial_states", initial_states, (count, *self.state_shape), axes)
         if self.triton:
             return self._scan_triton(initial_states, into, final_states)
@@ -99,7 +108,7 @@ class SSDSpan:
             if into is None:
                 initial_states = self.documents.enter(initial_states)
             else:
-                chosen = to_device(host_index(into), initial_states.device)
+                chosen = to_device(_on_host(into), initial_states.device)
                 nothing = initial_states.new_zeros(len(self.documents), *self.state_shape)
                 initial_states = nothing.index_copy(0, chosen, initial_states)
         with torch.autocast(self.x.device.type, enabled=False):
@@ -115,20 +124,23 @@ class SSDSpan:
         from .gpu import ops
 
         x, dt, A, B, C, dt_bias = self.arguments
-        edges = self.documents.row_edges
-        enters = host_index(into if into is not None else edges and edges[0])
-        leaves = host_index((edges and edges[1]) if final_states else ())
+        if into is None and self.edges is not None:
+            into = self.edges[0]
+        enters = None if into is None else _on_host(into)
+        leaves = None if self.edges is None else _on_host(self.edges[1])
+        if not final_states:
+            leaves = _on_host([])
         y, final, _, _ = ops.ssd_scan(
-            x, dt, A, B, C, self.D, self.z, dt_bias, initial_states, self.documents.on_host, enters, leaves,
-            self.documents.nrows if final_states else 0, *self.steps, ops.precision(), torch.is_grad_enabled(),
+            x, dt, A, B, C, self.D, self.z, dt_bias, initial_states, self.offsets, enters, leaves,
+            self.nrows if final_states else 0, *self.steps, torch.is_grad_enabled(),
             not torch.compiler.is_compiling(),
         )  # fmt: skip
         return y, final if final_states else None
 
 
-def host_index(numbers: Sequence[int] | None) -> Tensor | None:
+def _on_host(numbers: Numbers) -> Tensor:
     """Numbers of documents as a tensor on the host."""
-    return None if numbers is None else torch.as_tensor(numbers, dtype=torch.int64).flatten()
+    return torch.as_tensor(numbers, dtype=torch.int64)
 
 
 def _takes(backend: Backend, x: Tensor, B: Tensor) -> bool:

@@ -26,15 +26,12 @@ def _bounds(*errors):
 
 
 INTERPRETED = _bounds(*[RELATIVE[FP32]] * 4)
-BOUNDS = {
-    BF16: _bounds(3e-3, 5e-3, 1e-2, 2e-2),
-    FP16: _bounds(3e-3, 5e-3, 1e-2, 2e-2),
-    FP32: _bounds(1e-5, 2e-5, 1e-4, 1e-4),
-}
+HALF = _bounds(3e-3, 5e-3, 1e-2, 2e-2)
+BOUNDS = {BF16: HALF, FP16: HALF, FP32: _bounds(1e-5, 2e-5, 1e-4, 1e-4)}
 LOOSER = {
     ("slow", BF16): {"dA": 7e-2},
-    # float32 holds a chunk's sum of log decays, up to 1e3, to 1e-4
-    ("alternating", FP32): _bounds(1e-4, 1e-4, 1e-4, 2e-2),
+    ("outliers", BF16): {"dB": 1e-2, "dC": 1e-2},  # the roundings of a few large terms
+    ("alternating", FP32): _bounds(1e-4, 1e-4, 1e-4, 2e-2),  # float32 holds log decays of 1e3 to 1e-4
 }
 
 # ranges of -A and of dt
@@ -47,26 +44,24 @@ REGIMES = {
 OFFSETS = [0, 0, 63, 64, 65, 128, 129, 129, 150, 150]
 
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="needs Triton's interpreter: TRITON_INTERPRET=1")
+# batch, seqlen, nheads, headdim, d_state, ngroups
+SHAPES = [
+    (1, 1, 16, 64, 128, 1), (3, 63, 5, 64, 128, 1), (1, 65, 8, 32, 16, 2), (2, 257, 8, 64, 64, 8),
+    (1, 1000, 80, 64, 128, 8), (1, 4103, 8, 128, 128, 1), (1, 300, 4, 128, 256, 1), (2, 129, 4, 16, 16, 4),
+    (1, 200, 4, 24, 20, 2), (1, 8192, 2, 64, 128, 1),
+]  # fmt: skip
+MEDIUM = (1, 300, 4, 64, 128, 2)
 PLACES = [
     pytest.param("cpu", (1, 150, 2, 16, 16, 1), FP32, marks=interpreted, id="interpreted"),
-    pytest.param("cuda", (1, 300, 4, 64, 128, 2), BF16, marks=pytest.mark.gpu, id="cuda"),
+    pytest.param("cuda", MEDIUM, BF16, marks=pytest.mark.gpu, id="bfloat16"),
+    pytest.param("cuda", MEDIUM, FP32, marks=pytest.mark.gpu, id="float32"),
 ]
-everywhere = pytest.mark.parametrize(("device", "shape", "dtype"), PLACES)
 
 on_triton = functools.partial(
     mamba_chunk_scan_combined, chunk_size=64, dt_softplus=True, return_final_states=True, backend="triton"
 )
 on_torch = functools.partial(on_triton, backend="torch")
 by_definition = functools.partial(ssd_recurrence, dt_softplus=True)
-
-
-@pytest.fixture(autouse=True)
-def _exact_products():
-    """float32 products keep their digits."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture
@@ -85,7 +80,7 @@ def poisoned(monkeypatch):
 
 
 def draw(shape, dtype, regime="typical", device="cpu", gate=False, **options):
-    """Random arguments, activations in `dtype`; shape: batch, seqlen, nheads, headdim, d_state, ngroups."""
+    """Random arguments, activations in `dtype`, gated on a GPU; shape: as in SHAPES."""
     batch, seqlen, nheads, headdim, d_state, ngroups = shape
     inputs = make_inputs(batch, seqlen, nheads, headdim, ngroups, d_state, device=device, dtype=FP32, **options)
     slowest, fastest, shortest, longest = REGIMES[regime]
@@ -94,13 +89,13 @@ def draw(shape, dtype, regime="typical", device="cpu", gate=False, **options):
     if regime == "alternating":
         dt[:, ::2] = 5.0
     inputs["dt"] = dt + torch.log(-torch.expm1(-dt)) - inputs["dt_bias"]
-    zeros, scale = {"still": ("dt", "dt_bias"), "silent": ("x",), "faint": ("D", "initial_states")}.get(regime, ()), 1.0
-    for name in zeros:
+    for name in {"still": ("dt", "dt_bias"), "silent": ("x",), "faint": ("D", "initial_states")}.get(regime, ()):
         inputs[name].zero_()
     if regime == "outliers":
-        scale = torch.where(torch.rand_like(inputs["x"]) < 1e-3, 1e4, 1.0)
-    inputs["x"] *= 1e6 if regime == "faint" else scale
-    if not gate:
+        inputs["x"] *= torch.where(torch.rand_like(inputs["x"]) < 1e-3, 1e4, 1.0)
+    if regime == "faint":
+        inputs["x"] *= 1e6
+    if not gate and device == "cpu":  # slow to interpret
         del inputs["z"]
     return {name: t.to(dtype) if name in ("x", "dt", "B", "C", "z") else t for name, t in inputs.items()}
 
@@ -113,11 +108,14 @@ def without(inputs, *names):
     return {name: tensor for name, tensor in inputs.items() if name not in names}
 
 
-def as_views(inputs, names=("z", "x", "B", "C", "dt")):
-    """The same values, activations as views of one tensor."""
-    widths = [inputs[name].flatten(2).shape[-1] for name in names]
-    parts = torch.cat([inputs[name].flatten(2) for name in names], -1).split(widths, -1)
-    return inputs | {name: part.unflatten(-1, inputs[name].shape[2:]) for name, part in zip(names, parts, strict=True)}
+def as_views(inputs, aligned):
+    """The same values, activations as views of one tensor, whose rows begin at multiples of 16 bytes if `aligned`."""
+    flat = [(name, inputs[name].flatten(2)) for name in ("z", "x", "B", "C", "dt") if name in inputs]
+    widths = [tensor.shape[-1] for _, tensor in flat]
+    widths.append((1 - aligned - sum(widths)) % 8)
+    parent = torch.cat([*(tensor for _, tensor in flat), inputs["x"].new_zeros(*inputs["x"].shape[:2], widths[-1])], -1)
+    views = zip(flat, parent.split(widths, -1), strict=False)
+    return inputs | {name: view.unflatten(-1, inputs[name].shape[2:]) for (name, _), view in views}
 
 
 @functools.lru_cache(maxsize=8)
@@ -159,9 +157,8 @@ def tables(monkeypatch):
     return made
 
 
-@pytest.fixture
-def tiles_of_half_precision(monkeypatch):
-    monkeypatch.setattr(launch, "choose", lambda headdim, d_state, *_: config.choose(headdim, d_state, BF16, 90))
+def half_precision_tiles(headdim, d_state, *_):
+    return config.choose(headdim, d_state, BF16, 90)
 
 
 @interpreted
@@ -171,26 +168,24 @@ class TestInterpreted:
     def test_rows(self, seqlen, ngroups):
         check_scan(draw((2, seqlen, 4, 16, 16, ngroups), FP32))
 
-    @pytest.mark.parametrize(
-        "absent", [(), ("D",), ("z",), ("dt_bias", "initial_states"), ("D", "z", "initial_states")]
-    )
     @pytest.mark.parametrize("dt_softplus", [True, False])
+    @pytest.mark.parametrize("absent", [(), ("D", "initial_states"), ("dt_bias", "z")])
     def test_arguments(self, absent, dt_softplus):
-        inputs = without(draw((1, 70, 2, 24, 20, 1), FP32, gate=True, D_has_hdim=dt_softplus), *absent)
+        inputs = without(draw((1, 40, 2, 24, 20, 1), FP32, gate=True, D_has_hdim=dt_softplus), *absent)
         check_scan(inputs, dt_softplus=dt_softplus, dt_limit=(0.004, 0.05))
 
     @pytest.mark.parametrize("loss", [("y",), ("final_states",)])
     def test_one_loss(self, loss):
-        check_scan(draw((2, 40, 4, 16, 16, 2), FP32, gate=True), loss=loss)
+        check_scan(draw((2, 35, 2, 16, 16, 1), FP32, gate=True), loss=loss)
 
     @pytest.mark.parametrize("loss", [("y", "final_states"), ("final_states",)])
     def test_documents(self, loss):
-        inputs = draw((1, 150, 4, 24, 20, 2), FP32, owners=len(OFFSETS) - 1)
+        inputs = draw((1, 150, 2, 24, 20, 2), FP32, owners=len(OFFSETS) - 1)
         check_scan(inputs, loss=loss, cu_seqlens=torch.tensor(OFFSETS))
 
     def test_documents_by_index(self):
         seq_idx = torch.tensor([[3] * 31 + [4] + [0] * 38, [2] * 70])
-        check_scan(draw((2, 70, 4, 16, 16, 2), FP32), seq_idx=seq_idx)
+        check_scan(draw((2, 70, 2, 16, 16, 1), FP32), seq_idx=seq_idx)
 
     @pytest.mark.parametrize("chosen", [None, [7, 2, 0]])
     def test_spans(self, chosen):
@@ -202,7 +197,7 @@ class TestInterpreted:
             assert final is None
             return y, torch.cat([state.flatten(2), decay[..., None]], -1)
 
-        inputs = draw((1, 150, 4, 24, 20, 2), FP32, owners=len(chosen or OFFSETS[1:]))
+        inputs = draw((1, 150, 2, 24, 20, 2), FP32, owners=len(chosen or OFFSETS[1:]))
         actual = outcome(functools.partial(scan_and_leave, "triton"), inputs)
         check(actual, outcome(functools.partial(scan_and_leave, "torch"), wide(inputs)), INTERPRETED)
 
@@ -213,22 +208,20 @@ class TestInterpreted:
         expected = outcome(by_definition, wide(inputs), loss=("y",), cu_seqlens=offsets)["dinitial_states"]
         C, dt, A, dt_bias = (inputs[name] for name in ("C", "dt", "A", "dt_bias"))
         dy = cotangent(inputs["x"].shape, torch.device("cpu")).float()
-        actual = ops.ssd_state_gradient(dy, C, dt, A, dt_bias, offsets, None, 3, True, 0.0, math.inf, "tf32x3")
+        actual = ops.ssd_state_gradient(dy, C, dt, A, dt_bias, offsets, None, 3, True, 0.0, math.inf)
         assert_close(actual, expected, RELATIVE[FP32])
 
     @pytest.mark.parametrize("ngroups", [1, 2])
-    def test_tiles(self, ngroups, tiles_of_half_precision):
+    def test_tiles(self, ngroups, monkeypatch):
+        monkeypatch.setattr(launch, "choose", half_precision_tiles)
         check_scan(draw((1, 200, 2, 64, 32, ngroups), FP32))
 
-    @pytest.mark.parametrize("processors", [2, 8])
-    def test_a_cut_sequence(self, processors, tables, monkeypatch):
-        inputs = draw((1, 700, 1, 16, 16, 1), FP32)
-        monkeypatch.setattr(launch, "INTERPRETED_AS", (90, processors))
-        check_scan(inputs)
+    def test_a_cut_sequence(self, tables, monkeypatch):
+        monkeypatch.setattr(launch, "INTERPRETED_AS", (90, 2))
+        check_scan(draw((1, 700, 1, 16, 16, 1), FP32))
         assert all(table.cut for table in tables)
 
-    @pytest.mark.parametrize("processors", [1, 4])
-    @pytest.mark.parametrize("ngroups", [1, 2, 4])
+    @pytest.mark.parametrize(("ngroups", "processors"), [(1, 1), (1, 4), (2, 4), (4, 1)])
     def test_heads_in_waves(self, ngroups, processors, monkeypatch):
         seen, waves = [], launch._waves
         monkeypatch.setattr(launch, "MIN_WORKSPACE", 0)
@@ -246,7 +239,7 @@ class TestInterpreted:
     def test_operators(self, name):
         inputs = {key: t.requires_grad_() for key, t in draw((1, 5, 2, 16, 16, 1), FP32, gate=True).items()}
         x, dt, A, B, C, D, z, dt_bias, states = inputs.values()
-        offsets, enters, steps = torch.tensor([0, 2, 5]), torch.tensor([1]), (True, 0.0, math.inf, "tf32x3")
+        offsets, enters, steps = torch.tensor([0, 2, 5]), torch.tensor([1]), (True, 0.0, math.inf)
         arguments = {
             "ssd_scan": (x, dt, A, B, C, D, z, dt_bias, states, offsets, enters, None, 2, *steps, True, True),
             "ssd_state": (x, dt, A, B, dt_bias, offsets, None, 2, *steps),
@@ -282,7 +275,7 @@ FAULTS = {
 
 @interpreted
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_comparison_sees(fault, tiles_of_half_precision, monkeypatch):
+def test_the_comparison_sees(fault, monkeypatch):
     (name, after, spoil), run = FAULTS[fault], launch._launch
 
     def faulty(kernel, grid, **arguments):
@@ -295,78 +288,59 @@ def test_the_comparison_sees(fault, tiles_of_half_precision, monkeypatch):
 
     inputs = draw((1, 200, 1, 16, 16, 1), FP32)
     inputs["A"] /= 16  # something is left of a state after a chunk
+    monkeypatch.setattr(launch, "choose", half_precision_tiles)
     monkeypatch.setattr(launch, "_launch", faulty)
     actual, expected = outcome(on_triton, inputs), outcome(on_torch, wide(inputs))
     assert any(relative_error(actual[name], expected[name]) > 2 * BOUNDS[BF16][name] for name in expected)
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize(
-    ("device", "shape", "dtype"),
-    [*PLACES, pytest.param("cuda", (1, 300, 4, 64, 128, 2), FP32, marks=pytest.mark.gpu, id="float32")],
-)
-def test_regimes(device, shape, dtype, regime, poisoned):
-    bounds = BOUNDS[dtype] | LOOSER.get((regime, dtype), {})
-    check_scan(draw(shape, dtype, regime, device, device == "cuda"), bounds, on_torch, dt_softplus=regime != "still")
+@pytest.mark.parametrize(("device", "shape", "dtype"), PLACES)
+class TestEverywhere:
+    @pytest.mark.parametrize("regime", REGIMES)
+    def test_regimes(self, regime, device, shape, dtype, poisoned):
+        bounds = BOUNDS[dtype] | LOOSER.get((regime, dtype), {})
+        check_scan(draw(shape, dtype, regime, device), bounds, on_torch, dt_softplus=regime != "still")
 
+    @pytest.mark.parametrize("aligned", [True, False])
+    def test_views(self, aligned, device, shape, dtype):
+        inputs = draw(shape, dtype, device=device)
+        actual = outcome(on_triton, as_views(inputs, aligned))
+        check_identical(actual, outcome(on_triton, inputs))
+        check(actual, outcome(on_torch, wide(inputs)), BOUNDS[dtype])
 
-@everywhere
-def test_views(device, shape, dtype):
-    inputs = draw(shape, dtype, device=device, gate=True)
-    actual = outcome(on_triton, as_views(inputs))
-    check_identical(actual, outcome(on_triton, inputs))
-    check(actual, outcome(on_torch, wide(inputs)), BOUNDS[dtype])
+    def test_packed_documents_equal_separate_ones(self, device, shape, dtype):
+        offsets = torch.tensor([*OFFSETS[:-2], shape[1], shape[1]])
 
+        def separately(initial_states, **arguments):
+            calls = []
+            for document, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
+                part = {name: t[:, start:end] if t.ndim > 2 else t for name, t in arguments.items()}
+                calls.append(on_triton(**part, initial_states=initial_states[document : document + 1]))
+            return tuple(torch.cat([call[n] for call in calls], 1 - n) for n in range(2))
 
-@everywhere
-def test_packed_documents_equal_separate_ones(device, shape, dtype):
-    offsets = torch.tensor([*OFFSETS[:-2], shape[1], shape[1]])
+        inputs = draw(shape, dtype, device=device, owners=len(OFFSETS) - 1)
+        expected = outcome(on_torch, wide(inputs), cu_seqlens=offsets)
+        check(outcome(on_triton, inputs, cu_seqlens=offsets), expected, BOUNDS[dtype])
+        check(outcome(separately, inputs), expected, BOUNDS[dtype])
 
-    def separately(initial_states, **arguments):
-        calls = []
-        for document, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
-            part = {name: t[:, start:end] if t.ndim > 2 else t for name, t in arguments.items()}
-            calls.append(on_triton(**part, initial_states=initial_states[document : document + 1]))
-        return tuple(torch.cat(results, dim) for dim, results in zip((1, 0), zip(*calls, strict=True), strict=True))
+    @pytest.mark.parametrize("way", ["autocast", "checkpointed", "compiled"])
+    def test_the_same_when(self, way, device, shape, dtype):
+        backend = "inductor" if device == "cuda" else "aot_eager"
+        function = {
+            "autocast": on_triton,
+            "checkpointed": functools.partial(checkpoint, on_triton, use_reentrant=False),
+            "compiled": torch.compile(lambda **kwargs: on_triton(**kwargs), fullgraph=True, backend=backend),
+        }[way]
+        inputs = draw(shape, dtype, device=device, D_has_hdim=True)
+        expected = outcome(on_triton, inputs)
+        with torch.autocast(device, BF16, enabled=way == "autocast"):
+            check_identical(outcome(function, inputs), expected)
 
-    inputs = draw(shape, dtype, device=device, gate=device == "cuda", owners=len(OFFSETS) - 1)
-    expected = outcome(on_torch, wide(inputs), cu_seqlens=offsets)
-    check(outcome(on_triton, inputs, cu_seqlens=offsets), expected, BOUNDS[dtype])
-    check(outcome(separately, inputs), expected, BOUNDS[dtype])
-
-
-@everywhere
-@pytest.mark.parametrize("way", ["autocast", "checkpointed", "compiled"])
-def test_the_same_when(way, device, shape, dtype):
-    functions = {
-        "autocast": on_triton,
-        "checkpointed": lambda **arguments: checkpoint(on_triton, use_reentrant=False, **arguments),
-        "compiled": torch.compile(
-            lambda **arguments: on_triton(**arguments),
-            fullgraph=True,
-            backend="inductor" if device == "cuda" else "aot_eager",
-        ),
-    }
-    inputs = draw(shape, dtype, device=device, gate=device == "cuda", D_has_hdim=True)
-    expected = outcome(on_triton, inputs)
-    with torch.autocast(device, BF16, enabled=way == "autocast"):
-        check_identical(outcome(functions[way], inputs), expected)
-
-
-@everywhere
-def test_a_graph_kept_for_a_second_backward_pass(device, shape, dtype):
-    inputs = [t.requires_grad_() for t in draw(shape, dtype, device=device).values()]
-    names = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_states")
-    loss = sum(result.float().square().sum() for result in on_triton(**dict(zip(names, inputs, strict=True))))
-    first, second = (torch.autograd.grad(loss, inputs, retain_graph=keep) for keep in (True, False))
-    assert all(map(torch.equal, first, second))
-
-
-SHAPES = [
-    (1, 1, 1, 64, 128, 1), (3, 63, 5, 64, 128, 1), (1, 65, 8, 32, 16, 2), (2, 257, 8, 64, 64, 8),
-    (1, 1000, 80, 64, 128, 8), (1, 4103, 8, 128, 128, 1), (1, 300, 4, 128, 256, 1), (2, 129, 4, 16, 16, 4),
-    (1, 200, 4, 24, 20, 2), (1, 8192, 2, 64, 128, 1),
-]  # fmt: skip
+    def test_a_graph_kept_for_a_second_backward_pass(self, device, shape, dtype):
+        inputs = {name: tensor.requires_grad_() for name, tensor in draw(shape, dtype, device=device).items()}
+        loss = sum(result.float().square().sum() for result in on_triton(**inputs))
+        first, second = (torch.autograd.grad(loss, list(inputs.values()), retain_graph=keep) for keep in (True, False))
+        assert all(map(torch.equal, first, second))
 
 
 @pytest.mark.gpu
@@ -377,34 +351,29 @@ class TestOnGPU:
         ids=str,
     )
     def test_shapes(self, dtype, shape, poisoned):
-        check_scan(draw(shape, dtype, device="cuda", gate=True), BOUNDS[dtype], on_torch)
+        check_scan(draw(shape, dtype, device="cuda"), BOUNDS[dtype], on_torch)
 
     @pytest.mark.parametrize("processors", [1, 16, 1024])
     def test_a_cut_sequence(self, processors, tables, monkeypatch):
         capability, _ = launch.device_limits(torch.device("cuda"))
         monkeypatch.setattr(launch, "device_limits", lambda device: (capability, processors))
-        check_scan(draw((1, 4103, 4, 64, 128, 2), BF16, device="cuda", gate=True), BOUNDS[BF16], on_torch)
+        check_scan(draw((1, 4103, 4, 64, 128, 2), BF16, device="cuda"), BOUNDS[BF16], on_torch)
         assert tables[0].cut == (processors > 1)
 
     def test_the_same_bits_every_time(self):
-        inputs = draw((1, 1000, 80, 64, 128, 8), BF16, device="cuda", gate=True)
-        expected, other, square = outcome(on_triton, inputs), torch.cuda.Stream(), torch.ones(4096, 4096, device="cuda")
+        """Twenty times on another stream, beside other work."""
+        inputs = draw((1, 1000, 80, 64, 128, 8), BF16, device="cuda")
+        expected, square = outcome(on_triton, inputs), torch.ones(4096, 4096, device="cuda")
+        torch.cuda.synchronize()
+        busy, stream = torch.cuda.Stream(), torch.cuda.Stream()
         for _ in range(20):
-            with torch.cuda.stream(other):
+            with torch.cuda.stream(busy):
                 torch.mm(square, square)
-            check_identical(outcome(on_triton, inputs), expected)
-
-    def test_on_another_stream(self):
-        inputs = draw((1, 300, 4, 64, 128, 2), BF16, device="cuda", gate=True)
-        expected = outcome(on_triton, inputs)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            actual = outcome(on_triton, inputs)
-        torch.cuda.synchronize()
-        check_identical(actual, expected)
+            with torch.cuda.stream(stream):
+                check_identical(outcome(on_triton, inputs), expected)
 
     def test_captured(self):
-        inputs, graph = draw((1, 300, 4, 64, 128, 2), BF16, device="cuda", gate=True), torch.cuda.CUDAGraph()
+        inputs, graph = draw(MEDIUM, BF16, device="cuda"), torch.cuda.CUDAGraph()
         expected = outcome(on_triton, inputs)
         with torch.cuda.graph(graph):
             captured = outcome(on_triton, inputs)
@@ -415,7 +384,7 @@ class TestOnGPU:
 
     def test_no_worse_than_mamba_ssm(self):
         theirs = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
-        inputs = without(draw((2, 1024, 24, 64, 128, 1), BF16, device="cuda"), "initial_states")
+        inputs = without(draw((2, 1024, 24, 64, 128, 1), BF16, device="cuda"), "z", "initial_states")
         other = outcome(functools.partial(theirs, chunk_size=256, dt_softplus=True, return_final_states=True), inputs)
         actual, expected = outcome(on_triton, inputs), outcome(on_torch, wide(inputs))
         for name in ("y", "dx", "dB", "dC", "ddt"):
@@ -424,8 +393,8 @@ class TestOnGPU:
     def test_offsets_beyond_31_bits(self):
         if torch.cuda.mem_get_info()[0] < 60 << 30:
             pytest.skip("needs 60 GiB of free memory")
-        inputs = draw((1, 1, 80, 64, 128, 1), BF16, device="cuda", gate=True)
-        weights = {name: inputs[name] for name in ("A", "D", "dt_bias")}
+        inputs = draw((1, 1, 80, 64, 128, 1), BF16, device="cuda")
+        weights = {"A": inputs["A"], "D": inputs["D"], "dt_bias": inputs["dt_bias"] - 4}
         shapes = {name: inputs[name].shape[2:] for name in ("z", "x", "B", "C", "dt")}
         parent = torch.randn(1, 1 << 18, 10576, device="cuda", dtype=BF16)
         assert parent.numel() > 1 << 31
@@ -438,7 +407,7 @@ class TestOnGPU:
             y = on_triton(**leaves, **weights, return_final_states=False)
             return [t[:, -4096:].clone() for t in (y.detach(), *torch.autograd.grad(y, list(leaves.values()), dy))]
 
-        # what came before these has been forgotten by the last 4096
+        # what came before these has been forgotten by the last 4096; both sides round
         near = last_tokens({name: view[:, -20480:].contiguous() for name, view in views.items()}, dy[:, -20480:])
         for actual, expected in zip(last_tokens(views, dy), near, strict=True):
-            assert_close(actual, expected, BOUNDS[BF16]["y"])
+            assert_close(actual, expected, 2 * BOUNDS[BF16]["y"])

@@ -5,7 +5,6 @@ whose registers and shared memory fit, as tests/kernels/test_compile.py asserts 
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -49,7 +48,6 @@ class Config:
         return self.P * self.P_tiles, self.N
 
 
-@lru_cache(maxsize=256)
 def choose(headdim: int, d_state: int, dtype: torch.dtype, capability: int) -> Config:
     """The configuration for a shape, a dtype and a GPU's compute capability (90 for an H100).
 

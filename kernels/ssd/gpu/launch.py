@@ -81,7 +81,7 @@ def device_limits(device: torch.device) -> tuple[int, int]:
 
 def make_problem(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool,
-    dt_limit: tuple[float, float], offsets: Tensor, enters: Tensor | None, leaves: Tensor | None, precision: str,
+    dt_limit: tuple[float, float], offsets: Tensor, enters: Tensor | None, leaves: Tensor | None,
 ) -> Problem:  # fmt: skip
     capability, processors = device_limits(x.device)
     config = choose(x.shape[3], B.shape[3], x.dtype, capability)
@@ -91,6 +91,8 @@ def make_problem(
     table = lay_out(
         offsets, enters, leaves, x.shape[1], x.shape[2] * config.P_tiles, chunk_sizes, x.device, 2 * processors
     )  # fmt: skip
+    # float32 products as `torch.set_float32_matmul_precision` asks of every other one
+    precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return Problem(x, dt, A, B, C, dt_bias, dt_softplus, dt_limit, config, table, precision)
 
 
@@ -411,10 +413,8 @@ def backward(
             states=made.dh, first_head=first_head, wheads=wheads,
         )  # fmt: skip
         _chunk_gradients(problem, steps, dy, d_decay, made, first_head, wheads, heads_per_program)
-    dB, dC = (
-        None if shares is None else (shares[0] if len(shares) == 1 else shares.sum(0)).to(x.dtype)
-        for shares in (made.dB, made.dC)
-    )
+    dB = _sum_shares(made.dB).to(x.dtype)
+    dC = None if made.dC is None else _sum_shares(made.dC).to(x.dtype)
     dA, ddt_bias, dD = (total.clone() for total in _sum_chunks(made.shares))
     if D is not None and D.ndim == 2:
         dD = _skip_gradient(problem, dy)
@@ -435,6 +435,10 @@ def gate_gradients(dy: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tens
         num_warps=4,
     )  # fmt: skip
     return d_ungated, dz.to(z.dtype)
+
+
+def _sum_shares(shares: Tensor) -> Tensor:
+    return shares[0] if len(shares) == 1 else shares.sum(0)
 
 
 def _sum_chunks(shares: Tensor) -> Tensor:

@@ -35,11 +35,6 @@ def _fake(operator: Any) -> Callable:
     return torch.library.register_fake(operator.name().removesuffix(".default"), lib=_library)
 
 
-def precision() -> str:
-    """How float32 products are taken: as `torch.set_float32_matmul_precision` asks of every other one."""
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 def _contiguous(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
@@ -52,7 +47,7 @@ def _states(x: Tensor, B: Tensor, count: int) -> Tensor:
 def ssd_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     initial_states: Tensor | None, offsets: Tensor, enters: Tensor | None, leaves: Tensor | None, final_count: int,
-    dt_softplus: bool, dt_min: float, dt_max: float, precision: str, keep: bool, keep_entering: bool,
+    dt_softplus: bool, dt_min: float, dt_max: float, keep: bool, keep_entering: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, `final_count` final states and, to `keep` for the backward pass, y before the gate and the states entering the
     spans of cut documents, float32, or nothing: where there are none, and without `keep_entering`, which tracing must
@@ -61,7 +56,7 @@ def ssd_scan(
     offsets, enters and leaves are on the host; see `table.lay_out`.
     """
     limits = (dt_min, dt_max)
-    problem = launch.make_problem(x, dt, A, B, C, dt_bias, dt_softplus, limits, offsets, enters, leaves, precision)
+    problem = launch.make_problem(x, dt, A, B, C, dt_bias, dt_softplus, limits, offsets, enters, leaves)
     y, final, ungated, entering = launch.forward(problem, D, z, initial_states, final_count, keep)
     if entering is None or not keep_entering:
         entering = A.new_empty(0)
@@ -71,7 +66,7 @@ def ssd_scan(
 @_fake(ssd_scan)
 def _(
     x, dt, A, B, C, D, z, dt_bias, initial_states, offsets, enters, leaves, final_count, dt_softplus, dt_min, dt_max,
-    precision, keep, keep_entering,
+    keep, keep_entering,
 ):  # fmt: skip
     ungated = _contiguous(x) if keep and z is not None else x.new_empty(0)
     return _contiguous(x), _states(x, B, final_count), ungated, A.new_empty(0)
@@ -82,7 +77,7 @@ def ssd_scan_backward(
     dy: Tensor | None, d_final: Tensor | None, ungated: Tensor, entering: Tensor,
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     initial_states: Tensor | None, offsets: Tensor, enters: Tensor | None, leaves: Tensor | None,
-    dt_softplus: bool, dt_min: float, dt_max: float, precision: str,
+    dt_softplus: bool, dt_min: float, dt_max: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_states; empty for those that are None."""
     none = lambda: x.new_empty(0)  # noqa: E731
@@ -90,7 +85,7 @@ def ssd_scan_backward(
     dz = None
     if z is not None and dy is not None:
         dy, dz = launch.gate_gradients(dy, ungated, z)
-    problem = launch.make_problem(x, dt, A, B, C, dt_bias, dt_softplus, limits, offsets, enters, leaves, precision)
+    problem = launch.make_problem(x, dt, A, B, C, dt_bias, dt_softplus, limits, offsets, enters, leaves)
     made = launch.backward(problem, D, initial_states, entering if entering.numel() else None, dy, d_final)
     return (
         made.dx.contiguous(),
@@ -109,7 +104,7 @@ def ssd_scan_backward(
 def _(
     dy, d_final, ungated, entering, x, dt, A, B, C, D, z, dt_bias, initial_states, offsets, enters, leaves,
     dt_softplus, dt_min,
-    dt_max, precision,
+    dt_max,
 ):  # fmt: skip
     optional = lambda like: x.new_empty(0) if like is None else _contiguous(like)  # noqa: E731
     d_initial = x.new_empty(0) if initial_states is None else _contiguous(initial_states).float()
@@ -120,12 +115,12 @@ def _(
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        *tensors, _, dt_softplus, dt_min, dt_max, precision, _, _ = inputs
+        *tensors, _, dt_softplus, dt_min, dt_max, _, _ = inputs
         y, final, ungated, entering = _below_autograd(ssd_scan, inputs)
         ctx.mark_non_differentiable(ungated, entering)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(ungated, entering, *tensors)
-        ctx.options = (dt_softplus, dt_min, dt_max, precision)
+        ctx.options = (dt_softplus, dt_min, dt_max)
         return y, final, ungated, entering
 
     @staticmethod
@@ -133,14 +128,14 @@ class _Scan(torch.autograd.Function):
     def backward(ctx, dy, d_final, *_):
         ungated, entering, *tensors = ctx.saved_tensors
         if dy is None and d_final is None:
-            return (None,) * 19
+            return (None,) * 18
         made = ssd_scan_backward(dy, d_final, ungated, entering, *tensors, *ctx.options)
         gradients = [
             gradient if tensor is not None else None for gradient, tensor in zip(made, tensors[:9], strict=True)
         ]
         if gradients[8] is not None:
             gradients[8] = gradients[8].to(tensors[8].dtype)
-        return *gradients, *[None] * 10
+        return *gradients, *[None] * 9
 
 
 _library.impl("ssd_scan", _Scan.apply, "Autograd")
@@ -149,17 +144,17 @@ _library.impl("ssd_scan", _Scan.apply, "Autograd")
 @_operator
 def ssd_state(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None, offsets: Tensor, leaves: Tensor | None,
-    final_count: int, dt_softplus: bool, dt_min: float, dt_max: float, precision: str,
+    final_count: int, dt_softplus: bool, dt_min: float, dt_max: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The states that documents leave when nothing enters, (final_count, nheads, headdim, d_state), and the logarithms
     of their total decays, (final_count, nheads)."""
     limits = (dt_min, dt_max)
-    problem = launch.make_problem(x, dt, A, B, None, dt_bias, dt_softplus, limits, offsets, None, leaves, precision)
+    problem = launch.make_problem(x, dt, A, B, None, dt_bias, dt_softplus, limits, offsets, None, leaves)
     return launch.leaving(problem, final_count)
 
 
 @_fake(ssd_state)
-def _(x, dt, A, B, dt_bias, offsets, leaves, final_count, dt_softplus, dt_min, dt_max, precision):
+def _(x, dt, A, B, dt_bias, offsets, leaves, final_count, dt_softplus, dt_min, dt_max):
     return _states(x, B, final_count), x.new_empty(final_count, x.shape[2], dtype=torch.float32)
 
 
@@ -167,18 +162,18 @@ def _(x, dt, A, B, dt_bias, offsets, leaves, final_count, dt_softplus, dt_min, d
 def ssd_state_backward(
     d_final: Tensor, d_decay: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None,
     offsets: Tensor,
-    leaves: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, precision: str,
+    leaves: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B and dt_bias (empty where that is None)."""
     limits = (dt_min, dt_max)
-    problem = launch.make_problem(x, dt, A, B, None, dt_bias, dt_softplus, limits, offsets, None, leaves, precision)
+    problem = launch.make_problem(x, dt, A, B, None, dt_bias, dt_softplus, limits, offsets, None, leaves)
     made = launch.backward(problem, None, None, None, None, d_final, d_decay.contiguous())
     ddt_bias = x.new_empty(0) if dt_bias is None else made.ddt_bias.to(dt_bias.dtype)
     return made.dx.contiguous(), made.ddt, made.dA.to(A.dtype), made.dB.to(B.dtype).contiguous(), ddt_bias
 
 
 @_fake(ssd_state_backward)
-def _(d_final, d_decay, x, dt, A, B, dt_bias, offsets, leaves, dt_softplus, dt_min, dt_max, precision):
+def _(d_final, d_decay, x, dt, A, B, dt_bias, offsets, leaves, dt_softplus, dt_min, dt_max):
     gradients = (_contiguous(tensor) for tensor in (x, dt, A, B))
     return *gradients, x.new_empty(0) if dt_bias is None else _contiguous(dt_bias)
 
@@ -186,9 +181,9 @@ def _(d_final, d_decay, x, dt, A, B, dt_bias, offsets, leaves, dt_softplus, dt_m
 class _State(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        *tensors, _, dt_softplus, dt_min, dt_max, precision = inputs
+        *tensors, _, dt_softplus, dt_min, dt_max = inputs
         ctx.save_for_backward(*tensors)
-        ctx.options = (dt_softplus, dt_min, dt_max, precision)
+        ctx.options = (dt_softplus, dt_min, dt_max)
         return _below_autograd(ssd_state, inputs)
 
     @staticmethod
@@ -196,7 +191,7 @@ class _State(torch.autograd.Function):
     def backward(ctx, d_final, d_decay):
         tensors = ctx.saved_tensors
         *gradients, ddt_bias = ssd_state_backward(d_final, d_decay, *tensors, *ctx.options)
-        return *gradients, None if tensors[4] is None else ddt_bias, *[None] * 7
+        return *gradients, None if tensors[4] is None else ddt_bias, *[None] * 6
 
 
 _library.impl("ssd_state", _State.apply, "Autograd")
@@ -205,15 +200,15 @@ _library.impl("ssd_state", _State.apply, "Autograd")
 @_operator
 def ssd_state_gradient(
     dy: Tensor, C: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor | None, offsets: Tensor, enters: Tensor | None,
-    initial_count: int, dt_softplus: bool, dt_min: float, dt_max: float, precision: str,
+    initial_count: int, dt_softplus: bool, dt_min: float, dt_max: float,
 ) -> Tensor:  # fmt: skip
     """The adjoint sweep: the gradient of the states entering documents, (initial_count, nheads, headdim, d_state), when
     nothing follows them."""
     limits = (dt_min, dt_max)
-    problem = launch.make_problem(dy, dt, A, C, C, dt_bias, dt_softplus, limits, offsets, enters, None, precision)
+    problem = launch.make_problem(dy, dt, A, C, C, dt_bias, dt_softplus, limits, offsets, enters, None)
     return launch.entering_gradient(problem, initial_count)
 
 
 @_fake(ssd_state_gradient)
-def _(dy, C, dt, A, dt_bias, offsets, enters, initial_count, dt_softplus, dt_min, dt_max, precision):
+def _(dy, C, dt, A, dt_bias, offsets, enters, initial_count, dt_softplus, dt_min, dt_max):
     return _states(dy, C, initial_count)
