@@ -92,8 +92,9 @@ def discretize_backward_kernel(
     over pairs of tokens.
 
     The gradient of token k's log decay is the sum over pairs of source j and target i with j < k <= i: both in the
-    chunk, R - K; source before it, E; target after it, F; both outside, W. No sum contains a term that another
-    cancels, so that it is right at every decay. d_decay is the gradient of a document's total log decay.
+    chunk, R - K; source before it, E; target after it, F; both outside, W. R and K are sums of the same products, so
+    that what cancels between them leaves float32 rounding; nothing else cancels. d_decay is the gradient of a
+    document's total log decay.
     """
     chunk = tl.program_id(0)
     row = tl.load(chunks_ptr + chunk)
@@ -133,7 +134,8 @@ def discretize_backward_kernel(
     whole = through * tl.exp2(cum_end)
     if HAS_D_DECAY:
         final = tl.load(chunks_ptr + 3 * nchunks + chunk)
-        whole += tl.load(d_decay_ptr + final.to(tl.int64) * nheads + offs_h, mask=known & (final >= 0), other=0.0)
+        wanted = tl.load(d_decay_ptr + tl.maximum(final, 0).to(tl.int64) * nheads + offs_h, mask=known, other=0.0)
+        whole += tl.where(final >= 0, wanted, 0.0)
     d_log_decay += whole[None, :]
 
     raw = _raw(
