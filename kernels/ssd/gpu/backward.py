@@ -13,7 +13,9 @@ and the decays' gradients need T_ij = dS_ij E_ij G_ij for j < i, summed over sou
 import triton
 import triton.language as tl
 
-from .tiles import head_tokens, load_tokens, span_tokens, store_tokens
+from .tiles import head_tokens, load_tokens, place, span_tokens, store_tokens
+
+SIZES = ["nchunks", "first_head", "wheads", "heads_per_program", "nheads", "ngroups", "headdim", "d_state"]
 
 
 @triton.jit
@@ -73,18 +75,7 @@ def _pairs_of_heads(
     tl.store(at, Q.to(Q_ptr.dtype.element_ty))
 
 
-@triton.jit(
-    do_not_specialize=[
-        "nchunks",
-        "first_head",
-        "wheads",
-        "heads_per_program",
-        "nheads",
-        "ngroups",
-        "headdim",
-        "d_state",
-    ]
-)
+@triton.jit(do_not_specialize=SIZES)
 def pairs_kernel(
     x_ptr, dy_ptr, cum_ptr, log_dt_ptr, B_ptr, C_ptr, Q_ptr, S_ptr, sums_ptr, chunks_ptr, nchunks,
     x_row_stride, x_token_stride, x_head_stride, dy_row_stride, dy_token_stride, dy_head_stride,
@@ -106,9 +97,7 @@ def pairs_kernel(
     block = tl.program_id(1) % BLOCKS
     head0 = first_head + part * heads_per_program
     group = head0 // (nheads // ngroups)
-    row = tl.load(chunks_ptr + chunk)
-    start = tl.load(chunks_ptr + nchunks + chunk)
-    length = tl.load(chunks_ptr + 2 * nchunks + chunk)
+    row, start, length = place(chunks_ptr, nchunks, chunk)
     xs = span_tokens(
         x_ptr, row, start, length, x_row_stride, x_token_stride, nheads, x_head_stride, headdim, K, P, FLAT
     )
@@ -181,18 +170,7 @@ def _dx_of_heads(
         store_tokens(dxs, J, head, p_tile * P, headdim, dx.to(dtype), K, P, FLAT)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "nchunks",
-        "first_head",
-        "wheads",
-        "heads_per_program",
-        "nheads",
-        "ngroups",
-        "headdim",
-        "d_state",
-    ]
-)
+@triton.jit(do_not_specialize=SIZES)
 def dx_kernel(
     dy_ptr, cum_ptr, log_dt_ptr, weight_ptr, B_ptr, C_ptr, D_ptr, dh_ptr, dx_ptr, chunks_ptr, nchunks,
     dy_row_stride, dy_token_stride, dy_head_stride, B_row_stride, B_token_stride, B_group_stride,
@@ -207,9 +185,7 @@ def dx_kernel(
     half = tl.program_id(1) % (L // K)
     head0 = first_head + part * heads_per_program
     group = head0 // (nheads // ngroups)
-    row = tl.load(chunks_ptr + chunk)
-    start = tl.load(chunks_ptr + nchunks + chunk)
-    length = tl.load(chunks_ptr + 2 * nchunks + chunk)
+    row, start, length = place(chunks_ptr, nchunks, chunk)
     dxs = span_tokens(
         dx_ptr, row, start, length, dx_row_stride, dx_token_stride, nheads, dx_head_stride, headdim, K, P, FLAT
     )
@@ -235,18 +211,7 @@ def dx_kernel(
         )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "nchunks",
-        "first_head",
-        "wheads",
-        "heads_per_program",
-        "nheads",
-        "ngroups",
-        "headdim",
-        "d_state",
-    ]
-)
+@triton.jit(do_not_specialize=SIZES)
 def outside_kernel(
     rows_ptr, cum_ptr, weight_ptr, cols_ptr, others_ptr, states_ptr, opposite_ptr, Q_ptr, out_ptr, sums_ptr, W_ptr,
     chunks_ptr, nchunks, row_stride, token_stride, head_stride, col_row_stride, col_token_stride, col_group_stride,
@@ -266,27 +231,16 @@ def outside_kernel(
     chunk = tl.program_id(1)
     head0 = first_head + part * heads_per_program
     group = head0 // (nheads // ngroups)
-    row = tl.load(chunks_ptr + chunk)
-    start = tl.load(chunks_ptr + nchunks + chunk)
-    length = tl.load(chunks_ptr + 2 * nchunks + chunk)
+    row, start, length = place(chunks_ptr, nchunks, chunk)
     rows = span_tokens(rows_ptr, row, start, length, row_stride, token_stride, nheads, head_stride, headdim, L, P, FLAT)
     cols = head_tokens(
         cols_ptr, row, start, length, col_row_stride, col_token_stride, group, col_group_stride, d_state, L, N
     )
     # programs of one group that run at once write to different shares
     share = (head0 % tl.minimum(wheads, nheads // ngroups)) // heads_per_program
+    out_ptr += share.to(tl.int64) * out_part_stride
     out = head_tokens(
-        out_ptr + share.to(tl.int64) * out_part_stride,
-        row,
-        start,
-        length,
-        out_row_stride,
-        out_token_stride,
-        group,
-        out_group_stride,
-        d_state,
-        L,
-        N,
+        out_ptr, row, start, length, out_row_stride, out_token_stride, group, out_group_stride, d_state, L, N
     )
     offset = chunk.to(tl.int64) * (wheads * PT * P * N)
     states = tl.make_tensor_descriptor(states_ptr + offset, [wheads * PT * P, N], [N, 1], [P, N])
@@ -348,9 +302,7 @@ def skip_kernel(
     chunk = tl.program_id(0)
     v = tl.program_id(1)
     head = v // PT
-    row = tl.load(chunks_ptr + chunk)
-    start = tl.load(chunks_ptr + nchunks + chunk)
-    length = tl.load(chunks_ptr + 2 * nchunks + chunk)
+    row, start, length = place(chunks_ptr, nchunks, chunk)
     xs = head_tokens(x_ptr, row, start, length, x_row_stride, x_token_stride, head, x_head_stride, headdim, L, P)
     dys = head_tokens(dy_ptr, row, start, length, dy_row_stride, dy_token_stride, head, dy_head_stride, headdim, L, P)
     column = v % PT * P

@@ -244,8 +244,7 @@ def _sweep(
         states_ptr=some if states is None else states, spans_ptr=chunks.spans, nspans=nspans, nchunks=chunks.count,
         **_strides("", rows), **_strides("col", cols), first_head=first_head, wheads=wheads, **problem.sizes,
         L=size, P=config.P, N=config.sweep_N, PT=config.P_tiles, NT=N_tiles, REVERSE=reverse, HAS_ROWS=rows is not None,
-        STORE=states is not None, ONLY_LEAVING=states is None,
-        PREFETCH=not INTERPRETED, PRECISION=problem.precision,
+        STORE=states is not None, ONLY_LEAVING=states is None, PREFETCH=not INTERPRETED, PRECISION=problem.precision,
         **_compiler_options(config.sweep),
     )  # fmt: skip
     return decay
@@ -263,8 +262,7 @@ def _pass(
     _launch(
         pass_kernel, (table.ndocuments * problem.nheads, size // block),
         left_ptr=left, decay_ptr=decay, initial_ptr=left if initial is None else initial,
-        initial_index_ptr=initial_index,
-        entering_ptr=entering, final_ptr=left if final is None else final[0],
+        initial_index_ptr=initial_index, entering_ptr=entering, final_ptr=left if final is None else final[0],
         final_decay_ptr=decay if final is None else final[1],
         final_index_ptr=table.no_document if final_index is None else final_index,
         documents_ptr=table.documents, ndocuments=table.ndocuments, nheads=problem.nheads,
@@ -342,10 +340,9 @@ def forward(
         leave_ptr=final, leave_index_ptr=table.last_final, y_ptr=y, ungated_ptr=y if ungated is None else ungated,
         spans_ptr=chunks.spans, nspans=table.nspans, nchunks=chunks.count,
         **_strides("x", x), **_strides("z", z), **_strides("B", B, "group"), **_strides("C", C, "group"),
-        **_strides("y", y),
-        **problem.sizes, L=config.scan_chunk, P=config.P, N=config.N, PT=config.P_tiles, HAS_D=D is not None,
-        HAS_Z=z is not None, KEEP_UNGATED=ungated is not None, PREFETCH=not INTERPRETED, PRECISION=problem.precision,
-        **_compiler_options(config.scan),
+        **_strides("y", y), **problem.sizes, L=config.scan_chunk, P=config.P, N=config.N, PT=config.P_tiles,
+        HAS_D=D is not None, HAS_Z=z is not None, KEEP_UNGATED=ungated is not None, PREFETCH=not INTERPRETED,
+        PRECISION=problem.precision, **_compiler_options(config.scan),
     )  # fmt: skip
     return y, unpad_states(problem, final), ungated, entering if keep and table.cut else None
 
@@ -360,6 +357,8 @@ def skip_weights(problem: Problem, D: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Gradients:
+    """dx and ddt in the dtypes of x and dt, the others in float32, dB and dC where they had to be summed."""
+
     dx: Tensor
     ddt: Tensor
     dA: Tensor
@@ -413,8 +412,8 @@ def backward(
             states=made.dh, first_head=first_head, wheads=wheads,
         )  # fmt: skip
         _chunk_gradients(problem, steps, dy, d_decay, made, first_head, wheads, heads_per_program)
-    dB = _sum_shares(made.dB).to(x.dtype)
-    dC = None if made.dC is None else _sum_shares(made.dC).to(x.dtype)
+    dB = _sum_shares(made.dB)
+    dC = None if made.dC is None else _sum_shares(made.dC)
     dA, ddt_bias, dD = (total.clone() for total in _sum_chunks(made.shares))
     if D is not None and D.ndim == 2:
         dD = _skip_gradient(problem, dy)
@@ -438,6 +437,7 @@ def gate_gradients(dy: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tens
 
 
 def _sum_shares(shares: Tensor) -> Tensor:
+    """The sum over programs that shared a group's heads."""
     return shares[0] if len(shares) == 1 else shares.sum(0)
 
 
@@ -561,7 +561,7 @@ def _chunk_gradients(
     problem: Problem, steps: Steps, dy: Tensor | None, d_decay: Tensor | None, made: _Room,
     first_head: int, wheads: int, heads_per_program: int,
 ) -> None:  # fmt: skip
-    """One wave of heads, their states known: dx and the pairs inside chunks, then dB and dC, then ddt."""
+    """One wave of heads, their states known: the pairs inside chunks, then dB and dC, then dx, then ddt."""
     config, x, B, C, nheads = problem.config, problem.x, problem.B, problem.C, problem.nheads
     size = config.chunk
     chunks = problem.table.by_chunk[size]
@@ -612,14 +612,12 @@ def _chunk_gradients(
         discretize_backward_kernel, (chunks.count, triton.cdiv(wheads, HEADS_PER_STEP_PROGRAM)),
         dt_ptr=dt, dt_bias_ptr=problem.A if problem.dt_bias is None else problem.dt_bias, A_ptr=problem.A,
         cum_ptr=steps.cum, sums_ptr=made.sums, W_ptr=made.W, S_ptr=made.S, ddt_ptr=made.ddt,
-        shares_ptr=made.shares,
-        d_decay_ptr=made.W if d_decay is None else d_decay, chunks_ptr=chunks.chunks,
+        shares_ptr=made.shares, d_decay_ptr=made.W if d_decay is None else d_decay, chunks_ptr=chunks.chunks,
         nchunks=chunks.count, **_strides("", dt), d_row_stride=made.ddt.stride(0), d_token_stride=made.ddt.stride(1),
         **heads, nheads=nheads, ngroups=problem.ngroups, low=float(problem.dt_limit[0]),
-        high=float(problem.dt_limit[1]),
-        L=size, K=config.block, H=HEADS_PER_STEP_PROGRAM, PT=config.P_tiles,
-        HAS_BIAS=problem.dt_bias is not None, SOFTPLUS=problem.dt_softplus,
-        HAS_D_DECAY=d_decay is not None, num_warps=8,
+        high=float(problem.dt_limit[1]), L=size, K=config.block, H=HEADS_PER_STEP_PROGRAM, PT=config.P_tiles,
+        HAS_BIAS=problem.dt_bias is not None, SOFTPLUS=problem.dt_softplus, HAS_D_DECAY=d_decay is not None,
+        num_warps=8,
     )  # fmt: skip
 
 

@@ -103,8 +103,7 @@ def ssd_scan_backward(
 @_fake(ssd_scan_backward)
 def _(
     dy, d_final, ungated, entering, x, dt, A, B, C, D, z, dt_bias, initial_states, offsets, enters, leaves,
-    dt_softplus, dt_min,
-    dt_max,
+    dt_softplus, dt_min, dt_max,
 ):  # fmt: skip
     optional = lambda like: x.new_empty(0) if like is None else _contiguous(like)  # noqa: E731
     d_initial = x.new_empty(0) if initial_states is None else _contiguous(initial_states).float()
@@ -161,8 +160,7 @@ def _(x, dt, A, B, dt_bias, offsets, leaves, final_count, dt_softplus, dt_min, d
 @_operator
 def ssd_state_backward(
     d_final: Tensor, d_decay: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None,
-    offsets: Tensor,
-    leaves: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float,
+    offsets: Tensor, leaves: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B and dt_bias (empty where that is None)."""
     limits = (dt_min, dt_max)

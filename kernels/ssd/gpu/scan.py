@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import head_tokens, prefetch, state_pointers
+from .tiles import head_tokens, place, prefetch, state_pointers
 
 
 @triton.jit(do_not_specialize=["nspans", "nchunks", "nheads", "ngroups", "headdim", "d_state"])
@@ -29,9 +29,7 @@ def scan_kernel(
     head = v // PT
     p_tile = v % PT
     group = head // (nheads // ngroups)
-    row = tl.load(spans_ptr + span)
-    start = tl.load(spans_ptr + nspans + span)
-    length = tl.load(spans_ptr + 2 * nspans + span)
+    row, start, length = place(spans_ptr, nspans, span)
     first = tl.load(spans_ptr + 3 * nspans + span)
     count = tl.load(spans_ptr + 4 * nspans + span)
     xs = head_tokens(x_ptr, row, start, length, x_row_stride, x_token_stride, head, x_head_stride, headdim, L, P)

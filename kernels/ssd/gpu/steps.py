@@ -8,6 +8,8 @@ float32, (nheads, nchunks * L); the rest of a short chunk holds dt = TINY, which
 import triton
 import triton.language as tl
 
+from .tiles import place
+
 # the smallest step: its logarithm and its quotients are finite, and its effect is below every rounding
 TINY = tl.constexpr(1e-30)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -57,9 +59,7 @@ def discretize_kernel(
 ):  # fmt: skip
     """dt = clamp(softplus(raw + bias)) of one chunk and H heads -> cum, log_dt, weight."""
     chunk = tl.program_id(0)
-    row = tl.load(chunks_ptr + chunk)
-    start = tl.load(chunks_ptr + nchunks + chunk)
-    length = tl.load(chunks_ptr + 2 * nchunks + chunk)
+    row, start, length = place(chunks_ptr, nchunks, chunk)
     offs_l = tl.arange(0, L)
     offs_h = tl.program_id(1) * H + tl.arange(0, H)
     dt = _raw(
@@ -97,9 +97,7 @@ def discretize_backward_kernel(
     document's total log decay.
     """
     chunk = tl.program_id(0)
-    row = tl.load(chunks_ptr + chunk)
-    start = tl.load(chunks_ptr + nchunks + chunk)
-    length = tl.load(chunks_ptr + 2 * nchunks + chunk)
+    row, start, length = place(chunks_ptr, nchunks, chunk)
     offs_l = tl.arange(0, L)
     offs_w = tl.program_id(1) * H + tl.arange(0, H)
     offs_h = first_head + offs_w

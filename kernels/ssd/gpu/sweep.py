@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import head_tokens, prefetch, state_pointers
+from .tiles import head_tokens, place, prefetch, state_pointers
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -33,9 +33,7 @@ def sweep_kernel(
     head = first_head + v // PT
     p_tile = v % PT
     group = head // (nheads // ngroups)
-    row = tl.load(spans_ptr + span)
-    start = tl.load(spans_ptr + nspans + span)
-    length = tl.load(spans_ptr + 2 * nspans + span)
+    row, start, length = place(spans_ptr, nspans, span)
     first = tl.load(spans_ptr + 3 * nspans + span)
     count = tl.load(spans_ptr + 4 * nspans + span)
     leave = tl.load(leave_index_ptr + span)

@@ -9,6 +9,15 @@ import triton.language as tl
 
 
 @triton.jit
+def place(table_ptr, count, index):
+    """Row, first token and length of a span or chunk of the table."""
+    row = tl.load(table_ptr + index)
+    start = tl.load(table_ptr + count + index)
+    length = tl.load(table_ptr + 2 * count + index)
+    return row, start, length
+
+
+@triton.jit
 def head_tokens(
     ptr, row, start, length, row_stride, token_stride, head, head_stride, width, L: tl.constexpr, W: tl.constexpr
 ):
