@@ -8,6 +8,7 @@ mamba_ssm is compared where it can be imported; its CUDA extension is not needed
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -40,6 +41,8 @@ RUNS = 20
 GIB = 2**30
 Call = Callable[[], object]
 
+scan = functools.partial(mamba_chunk_scan_combined, chunk_size=256, dt_softplus=True)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,12 +69,8 @@ def main() -> None:
 
 
 def benchmark(options: argparse.Namespace) -> None:
-    import triton
-
-    results = {
-        "device": torch.cuda.get_device_name().replace("NVIDIA ", ""), "commit": commit(), "torch": torch.__version__,
-        "triton": triton.__version__, "python": platform.python_version(), "copy_TB_per_s": None,
-        "bf16_matmul_TFLOP_per_s": None, "rows": [], "profile": [], "lengths": [], "notes": [],
+    results = origin() | {
+        "copy_TB_per_s": None, "bf16_matmul_TFLOP_per_s": None, "rows": [], "profile": [], "lengths": [], "notes": []
     }  # fmt: skip
     rows, notes = results["rows"], results["notes"]
     sides, peer_name = find_sides(options)
@@ -106,7 +105,7 @@ def benchmark(options: argparse.Namespace) -> None:
 
 def find_sides(options: argparse.Namespace) -> tuple[dict[str, Callable], str | None]:
     """The functions compared, which take the same arguments, and the name of the other one."""
-    sides = {"ours": lambda **tensors: scan(tensors, "triton")}
+    sides: dict[str, Callable] = {"ours": functools.partial(scan, backend="triton")}
     if options.no_peer:
         return sides, None
     # the package imports its selective scan, which nothing here calls
@@ -117,26 +116,24 @@ def find_sides(options: argparse.Namespace) -> tuple[dict[str, Callable], str | 
     except ImportError as error:
         print(f"without mamba_ssm: {error}", file=sys.stderr)
         return sides, None
-    sides["peer"] = lambda **tensors: theirs(**tensors, chunk_size=256, dt_softplus=True)
+    sides["peer"] = functools.partial(theirs, chunk_size=256, dt_softplus=True)
     return sides, f"mamba_ssm {mamba_ssm.__version__}"
 
 
-def scan(tensors: dict[str, Tensor], backend: str) -> Tensor:
-    return mamba_chunk_scan_combined(**tensors, chunk_size=256, dt_softplus=True, backend=backend)
-
-
-def make_inputs(shape: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
-    """Arguments as in training, and the gradient of y."""
+def make_inputs(
+    shape: tuple[int, ...], A: tuple[float, float] = (1, 16), dt: tuple[float, float] = (1e-3, 1e-1), seed: int = 0
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Random arguments and the gradient of y; -A is uniform and dt log-uniform in its range, as in training."""
     batch, seqlen, nheads, headdim, d_state, ngroups = shape
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     random = {"device": "cuda", "dtype": torch.bfloat16}
     dt_bias = 0.1 * torch.randn(nheads, device="cuda")
-    # log-uniform in [1e-3, 1e-1] after softplus(dt + dt_bias)
-    step = torch.empty(batch, seqlen, nheads, device="cuda").uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+    step = torch.empty(batch, seqlen, nheads, device="cuda").uniform_(*map(math.log, dt)).exp_()
     tensors = {
         "x": torch.randn(batch, seqlen, nheads, headdim, **random),
+        # what softplus(dt + dt_bias) makes the step
         "dt": (step + torch.log(-torch.expm1(-step)) - dt_bias).bfloat16(),
-        "A": -torch.empty(nheads, device="cuda").uniform_(1, 16),
+        "A": -torch.empty(nheads, device="cuda").uniform_(*A),
         "B": torch.randn(batch, seqlen, ngroups, d_state, **random) * d_state**-0.5,
         "C": torch.randn(batch, seqlen, ngroups, d_state, **random),
         "D": torch.randn(nheads, device="cuda"),
@@ -167,7 +164,7 @@ def measure(shape, sides, tensors, dy, copy_TB_per_s, options, notes) -> list[di
     """The rows of one shape: forward, forward with backward, and the memory of the latter."""
     read = sum(tensors[name].nbytes for name in ("x", "dt", "B", "C"))
     once = {"ssd fwd": read + dy.nbytes, "ssd fwd+bwd": 3 * read + 2 * dy.nbytes}
-    torch_backend = (lambda **tensors: scan(tensors, "torch")) if dy.numel() <= LARGEST_TORCH else None
+    torch_backend = functools.partial(scan, backend="torch") if dy.numel() <= LARGEST_TORCH else None
     rows = []
     for what, wrap in (("ssd fwd", forward), ("ssd fwd+bwd", forward_backward)):
         floor = once[what] / copy_TB_per_s * 1e-9
@@ -393,15 +390,22 @@ def table_row(row: dict) -> str:
     )
 
 
-def commit() -> str:
+def origin() -> dict:
+    """What was measured, and on what."""
+    import triton
+
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    return os.environ.get("COMMIT") or subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    commit = os.environ.get("COMMIT") or subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return {
+        "device": torch.cuda.get_device_name().replace("NVIDIA ", ""), "commit": commit, "torch": torch.__version__,
+        "triton": triton.__version__, "python": platform.python_version(),
+    }  # fmt: skip
 
 
-def write(results: dict) -> Path:
+def write(results: dict, name: str = "ssd") -> Path:
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"ssd-{results['device'].split()[0].lower()}.json"
+    path = folder / f"{name}-{results['device'].split()[0].lower()}.json"
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(results, indent=1) + "\n")
     os.replace(unfinished, path)

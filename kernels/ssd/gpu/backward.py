@@ -7,12 +7,14 @@ With G_ij = C_i^T B_j, E_ij = dt_j 2^(cum_i - cum_j) for j <= i, and dS_ij = dy_
     d(x_j) = sum_i G_ij E_ij dy_i + weight_j dh B_j + D dy_j
     d(B_j) = sum_i Q_ij C_i + sum_heads weight_j dh^T x_j         Q_ij = sum_heads dS_ij E_ij
     d(C_i) = sum_j Q_ij B_j + sum_heads 2^(cum_i) h^T dy_i
-and the decays' gradients need T_ij = dS_ij E_ij G_ij for j < i, summed over sources and over targets.
+and the decays' gradients need T_ij = dS_ij E_ij G_ij for j < i: its sum over the pairs around each token, and over the
+targets of each source.
 """
 
 import triton
 import triton.language as tl
 
+from .steps import STEEP
 from .tiles import head_tokens, load_tokens, place, span_tokens, store_tokens
 
 SIZES = ["nchunks", "first_head", "wheads", "heads_per_program", "nheads", "ngroups", "headdim", "d_state"]
@@ -31,9 +33,21 @@ def _weights(cum_j, log_dt, cum_i, offs, DIAGONAL: tl.constexpr):
 
 
 @triton.jit
+def _from_each(T, triangle, PRECISION: tl.constexpr):
+    """T's sums over targets from each token on, sources in rows; triangle: ones at and below its diagonal, in bfloat16
+    (T is then split in two, so that nothing is lost that matters) or float32."""
+    if triangle.dtype == tl.float32:
+        return tl.dot(T, triangle, input_precision=PRECISION)
+    else:
+        high = T.to(tl.bfloat16)
+        low = (T - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(low, triangle, tl.dot(high, triangle))
+
+
+@triton.jit
 def _pairs_of_heads(
-    xs, dys, Bs, Cs, cum_ptr, log_dt_ptr, Q_ptr, S_ptr, sums_ptr, chunk, part, head0, group, slots, plane,
-    heads_per_program, headdim,
+    xs, dys, Bs, Cs, cum_ptr, log_dt_ptr, steepest_ptr, Q_ptr, S_ptr, sums_ptr, chunk, nchunks, part, head0, group,
+    slots, plane, heads_per_program, headdim,
     J, I, L: tl.constexpr, K: tl.constexpr, P: tl.constexpr, PT: tl.constexpr,
     DIAGONAL: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -44,6 +58,8 @@ def _pairs_of_heads(
         own = tl.sum(tl.where(offs[None, :] == offs[:, None], G, 0.0), 1)
         # every part of a group writes the same
         tl.store(S_ptr + group.to(tl.int64) * slots + chunk * L + J + offs, own)
+        exact = tl.float32 if Q_ptr.dtype.element_ty == tl.float32 else tl.bfloat16
+        triangle = tl.where(offs[:, None] >= offs[None, :], 1.0, 0.0).to(exact)
     Q = tl.zeros([K, K], tl.float32)
     for i in tl.range(0, heads_per_program * PT, num_stages=STAGES):
         head = head0 + i // PT
@@ -64,8 +80,10 @@ def _pairs_of_heads(
             same = offs[None, :] == offs[:, None]
             own = tl.sum(tl.where(same, dS, 0.0), 1)
             T = tl.where(same, 0.0, T)
-            tl.store(out + J, tl.sum(T, 0))
             tl.store(out + plane + J, tl.sum(T, 1))
+            if tl.load(steepest_ptr + head * nchunks + chunk) < STEEP:
+                T = tl.where(offs[:, None] < offs[None, :], _from_each(T, triangle, PRECISION), 0.0)
+            tl.store(out + J, tl.sum(T, 0))
             tl.store(out + 3 * plane + J, own)
         else:
             tl.store(out + 2 * plane + I, tl.sum(T, 0))
@@ -77,7 +95,7 @@ def _pairs_of_heads(
 
 @triton.jit(do_not_specialize=SIZES)
 def pairs_kernel(
-    x_ptr, dy_ptr, cum_ptr, log_dt_ptr, B_ptr, C_ptr, Q_ptr, S_ptr, sums_ptr, chunks_ptr, nchunks,
+    x_ptr, dy_ptr, cum_ptr, log_dt_ptr, steepest_ptr, B_ptr, C_ptr, Q_ptr, S_ptr, sums_ptr, chunks_ptr, nchunks,
     x_row_stride, x_token_stride, x_head_stride, dy_row_stride, dy_token_stride, dy_head_stride,
     B_row_stride, B_token_stride, B_group_stride, C_row_stride, C_token_stride, C_group_stride,
     first_head, wheads, heads_per_program, nheads, ngroups, headdim, d_state,
@@ -87,9 +105,9 @@ def pairs_kernel(
     """Q and the sums of T of a block of K by K pairs of a chunk of L = K or 2 K tokens: on its diagonal, or beside it,
     from sources in its first half to targets in its second.
 
-    sums: six planes of (wheads * PT, nchunks * L). From the diagonal: T over sources, at the target; T over targets, at
-    the source. Third, from beside it, the first at targets and the second at sources. Fourth dS_jj. The last two are
-    `outside_kernel`'s. S: G_jj.
+    sums: six planes of (wheads * PT, nchunks * L). From the diagonal: T over sources, at the target, or in a STEEP chunk
+    over the block's pairs around a token; T over targets, at the source. Third, from beside it, T over sources at the targets and over targets at the sources. Fourth
+    dS_jj. The last two are `outside_kernel`'s. S: G_jj.
     """
     BLOCKS: tl.constexpr = 2 * (L // K) - 1
     part = tl.program_id(0)
@@ -112,19 +130,19 @@ def pairs_kernel(
     # the blocks of a chunk are neighbours in the launch: they read the same tokens at the same time
     if BLOCKS == 1:
         _pairs_of_heads(
-            xs, dys, Bs, Cs, cum_ptr, log_dt_ptr, Q_ptr, S_ptr, sums_ptr, chunk, part, head0, group, slots, plane,
-            heads_per_program, headdim, 0, 0, L, K, P, PT, True, FLAT, PRECISION, STAGES,
+            xs, dys, Bs, Cs, cum_ptr, log_dt_ptr, steepest_ptr, Q_ptr, S_ptr, sums_ptr, chunk, nchunks, part, head0,
+            group, slots, plane, heads_per_program, headdim, 0, 0, L, K, P, PT, True, FLAT, PRECISION, STAGES,
         )  # fmt: skip
     else:
         if block < 2:
             _pairs_of_heads(
-                xs, dys, Bs, Cs, cum_ptr, log_dt_ptr, Q_ptr, S_ptr, sums_ptr, chunk, part, head0, group, slots, plane,
-                heads_per_program, headdim, block * K, block * K, L, K, P, PT, True, FLAT, PRECISION, STAGES,
+                xs, dys, Bs, Cs, cum_ptr, log_dt_ptr, steepest_ptr, Q_ptr, S_ptr, sums_ptr, chunk, nchunks, part, head0,
+                group, slots, plane, heads_per_program, headdim, block * K, block * K, L, K, P, PT, True, FLAT, PRECISION, STAGES,
             )  # fmt: skip
         else:
             _pairs_of_heads(
-                xs, dys, Bs, Cs, cum_ptr, log_dt_ptr, Q_ptr, S_ptr, sums_ptr, chunk, part, head0, group, slots, plane,
-                heads_per_program, headdim, 0, K, L, K, P, PT, False, FLAT, PRECISION, STAGES,
+                xs, dys, Bs, Cs, cum_ptr, log_dt_ptr, steepest_ptr, Q_ptr, S_ptr, sums_ptr, chunk, nchunks, part, head0,
+                group, slots, plane, heads_per_program, headdim, 0, K, L, K, P, PT, False, FLAT, PRECISION, STAGES,
             )  # fmt: skip
 
 

@@ -69,6 +69,7 @@ class Steps:
     cum: Tensor
     log_dt: Tensor
     weight: Tensor
+    steepest: Tensor
 
 
 def device_limits(device: torch.device) -> tuple[int, int]:
@@ -191,17 +192,18 @@ def _specialization(name: str, value: Any) -> Any:
 def discretize(problem: Problem, size: int) -> Steps:
     chunks = problem.table.by_chunk[size]
     made = problem.x.new_empty(3, problem.nheads, chunks.count * size, dtype=torch.float32)
+    steepest = problem.x.new_empty(problem.nheads, chunks.count, dtype=torch.float32)
     dt = problem.dt
     _launch(
         discretize_kernel, (chunks.count, triton.cdiv(problem.nheads, HEADS_PER_STEP_PROGRAM)),
         dt_ptr=dt, dt_bias_ptr=problem.dt_bias if problem.dt_bias is not None else problem.A, A_ptr=problem.A,
-        cum_ptr=made[0], log_dt_ptr=made[1], weight_ptr=made[2], chunks_ptr=chunks.chunks, nchunks=chunks.count,
+        cum_ptr=made[0], log_dt_ptr=made[1], weight_ptr=made[2], steepest_ptr=steepest, chunks_ptr=chunks.chunks, nchunks=chunks.count,
         row_stride=dt.stride(0), token_stride=dt.stride(1), head_stride=dt.stride(2), nheads=problem.nheads,
         low=float(problem.dt_limit[0]), high=float(problem.dt_limit[1]),
         L=size, H=HEADS_PER_STEP_PROGRAM, HAS_BIAS=problem.dt_bias is not None, SOFTPLUS=problem.dt_softplus,
         num_warps=4,
     )  # fmt: skip
-    return Steps(*made)
+    return Steps(*made, steepest)
 
 
 def _new_states(problem: Problem, count: int, fill: bool = False) -> Tensor:
@@ -583,7 +585,7 @@ def _chunk_gradients(
         pairs = {name: value for name, value in shared.items() if name != "weight_ptr"}
         _launch(
             pairs_kernel, (grid[0], grid[1] * (2 * halves - 1)), **pairs, **inputs, x_ptr=x, dy_ptr=dy, S_ptr=made.S,
-            **_strides("x", x), **_options(config.pairs),
+            steepest_ptr=steps.steepest, **_strides("x", x), **_options(config.pairs),
         )  # fmt: skip
     # a wave that is part of a group adds to those before it
     add = first_head % (nheads // problem.ngroups) > 0
@@ -611,7 +613,7 @@ def _chunk_gradients(
     _launch(
         discretize_backward_kernel, (chunks.count, triton.cdiv(wheads, HEADS_PER_STEP_PROGRAM)),
         dt_ptr=dt, dt_bias_ptr=problem.A if problem.dt_bias is None else problem.dt_bias, A_ptr=problem.A,
-        cum_ptr=steps.cum, sums_ptr=made.sums, W_ptr=made.W, S_ptr=made.S, ddt_ptr=made.ddt,
+        cum_ptr=steps.cum, steepest_ptr=steps.steepest, sums_ptr=made.sums, W_ptr=made.W, S_ptr=made.S, ddt_ptr=made.ddt,
         shares_ptr=made.shares, d_decay_ptr=made.W if d_decay is None else d_decay, chunks_ptr=chunks.chunks,
         nchunks=chunks.count, **_strides("", dt), d_row_stride=made.ddt.stride(0), d_token_stride=made.ddt.stride(1),
         **heads, nheads=nheads, ngroups=problem.ngroups, low=float(problem.dt_limit[0]),

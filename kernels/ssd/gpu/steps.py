@@ -13,6 +13,8 @@ from .tiles import place
 # the smallest step: its logarithm and its quotients are finite, and its effect is below every rounding
 TINY = tl.constexpr(1e-30)
 LOG2E = tl.constexpr(1.4426950408889634)
+# a token's log2 decay below which its gradient is small beside the pairs of tokens on either side of it
+STEEP = tl.constexpr(-4.0)
 
 
 @triton.jit
@@ -53,11 +55,12 @@ def _raw(
 
 @triton.jit(do_not_specialize=["nchunks", "nheads", "low", "high"])
 def discretize_kernel(
-    dt_ptr, dt_bias_ptr, A_ptr, cum_ptr, log_dt_ptr, weight_ptr, chunks_ptr, nchunks,
+    dt_ptr, dt_bias_ptr, A_ptr, cum_ptr, log_dt_ptr, weight_ptr, steepest_ptr, chunks_ptr, nchunks,
     row_stride, token_stride, head_stride, nheads, low, high,
     L: tl.constexpr, H: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
-    """dt = clamp(softplus(raw + bias)) of one chunk and H heads -> cum, log_dt, weight."""
+    """dt = clamp(softplus(raw + bias)) of one chunk and H heads -> cum, log_dt, weight, and the steepest decay of a
+    token, (nheads, nchunks)."""
     chunk = tl.program_id(0)
     row, start, length = place(chunks_ptr, nchunks, chunk)
     offs_l = tl.arange(0, L)
@@ -79,11 +82,12 @@ def discretize_kernel(
     tl.store(cum_ptr + out, cum, mask=mask)
     tl.store(log_dt_ptr + out, tl.log2(dt), mask=mask)
     tl.store(weight_ptr + out, dt * tl.exp2(end[None, :] - cum), mask=mask)
+    tl.store(steepest_ptr + offs_h * nchunks + chunk, tl.min(log_decay, 0), mask=offs_h < nheads)
 
 
 @triton.jit(do_not_specialize=["nchunks", "first_head", "wheads", "nheads", "ngroups", "low", "high"])
 def discretize_backward_kernel(
-    dt_ptr, dt_bias_ptr, A_ptr, cum_ptr, sums_ptr, W_ptr, S_ptr, ddt_ptr, shares_ptr, d_decay_ptr, chunks_ptr, nchunks,
+    dt_ptr, dt_bias_ptr, A_ptr, cum_ptr, steepest_ptr, sums_ptr, W_ptr, S_ptr, ddt_ptr, shares_ptr, d_decay_ptr, chunks_ptr, nchunks,
     row_stride, token_stride, head_stride, d_row_stride, d_token_stride, first_head, wheads, nheads, ngroups, low, high,
     L: tl.constexpr, K: tl.constexpr, H: tl.constexpr, PT: tl.constexpr, HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_D_DECAY: tl.constexpr,
@@ -91,9 +95,10 @@ def discretize_backward_kernel(
     """The gradients of raw dt, and each chunk's shares, (nchunks, 3, nheads), of those of A, dt_bias and D, from sums
     over pairs of tokens.
 
-    The gradient of token k's log decay is the sum over pairs of source j and target i with j < k <= i: both in the
-    chunk, R - K; source before it, E; target after it, F; both outside, W. R and K are sums of the same products, so
-    that what cancels between them leaves float32 rounding; nothing else cancels. d_decay is the gradient of a
+    The gradient of token k's log decay is the sum over pairs of source j and target i with j < k <= i: both in a block
+    of the chunk's diagonal, both in the chunk but in different halves, source before the chunk, target after it, both
+    outside. The first is summed from the last token back, adding what begins at a token and taking away what ends
+    there; unless a token decays so steeply that little but rounding would be left. d_decay is the gradient of a
     document's total log decay.
     """
     chunk = tl.program_id(0)
@@ -105,30 +110,40 @@ def discretize_backward_kernel(
     inside = (offs_l[:, None] < length) & known[None, :]
     slots = nchunks.to(tl.int64) * L
     plane = wheads * PT * slots
-    pairs = tl.zeros([L, H], tl.float32)
+    around = tl.zeros([L, H], tl.float32)
     left = tl.zeros([L, H], tl.float32)
+    beside = tl.zeros([L, H], tl.float32)
+    diagonal = tl.zeros([L, H], tl.float32)
     before = tl.zeros([L, H], tl.float32)
     after = tl.zeros([L, H], tl.float32)
+    # those that precede a token are read from the one before it: taking it from a sum that contains it would cancel
     earlier = tl.zeros([L, H], tl.float32)
-    diagonal = tl.zeros([L, H], tl.float32)
+    earlier_beside = tl.zeros([L, H], tl.float32)
     through = tl.zeros([H], tl.float32)
+    second = offs_l[:, None] >= K
     for p in range(PT):
         v = offs_w * PT + p
         at = sums_ptr + v[None, :].to(tl.int64) * slots + chunk * L + offs_l[:, None]
-        pairs += tl.load(at, mask=inside, other=0.0)
+        around += tl.load(at, mask=inside, other=0.0)
         left += tl.load(at + plane, mask=inside, other=0.0)
         if L > K:
-            # beside the diagonal the first half holds sources, the second targets
-            pairs += tl.load(at + 2 * plane, mask=inside & (offs_l[:, None] >= K), other=0.0)
-            left += tl.load(at + 2 * plane, mask=inside & (offs_l[:, None] < K), other=0.0)
+            # sources in the first half, targets in the second
+            beside += tl.load(at + 2 * plane, mask=inside, other=0.0)
+            earlier_beside += tl.load(at + 2 * plane - 1, mask=inside & (offs_l[:, None] > 0), other=0.0)
         diagonal += tl.load(at + 3 * plane, mask=inside, other=0.0)
         before += tl.load(at + 4 * plane, mask=inside, other=0.0)
         after += tl.load(at + 5 * plane, mask=inside, other=0.0)
-        through += tl.load(W_ptr + v.to(tl.int64) * nchunks + chunk, mask=known, other=0.0)
-        # what precedes token k is read from k - 1: subtracting k from a sum that contains it would cancel
         earlier += tl.load(at + 5 * plane - 1, mask=inside & (offs_l[:, None] > 0), other=0.0)
+        through += tl.load(W_ptr + v.to(tl.int64) * nchunks + chunk, mask=known, other=0.0)
     cum_end = tl.load(cum_ptr + offs_h.to(tl.int64) * slots + chunk * L + L - 1, mask=known, other=0.0)
-    d_log_decay = tl.cumsum(pairs - left + before, 0, reverse=True) + tl.cumsum(earlier, 0)
+    steepest = tl.load(steepest_ptr + offs_h * nchunks + chunk, mask=known, other=0.0)
+    steep = (steepest < STEEP)[None, :]
+    d_log_decay = tl.cumsum(before + tl.where(steep, 0.0, around - left), 0, reverse=True)
+    d_log_decay += tl.where(steep, around, 0.0) + tl.cumsum(earlier, 0)
+    if L > K:
+        left += tl.where(second, 0.0, beside)
+        from_here = tl.cumsum(tl.where(second, beside, 0.0), 0, reverse=True)
+        d_log_decay += tl.where(second, from_here, tl.cumsum(earlier_beside, 0))
     whole = through * tl.exp2(cum_end)
     if HAS_D_DECAY:
         final = tl.load(chunks_ptr + 3 * nchunks + chunk)
