@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .transfer import to_device
+from .transfer import Kept, to_device
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Documents:
         self.offsets = offsets
         # the first and the last document of each row, where rows hold several
         self.row_edges: tuple[list[int], list[int]] | None = None
-        self._cache: dict[tuple, object] = {}
+        self._kept = Kept()
 
     @classmethod
     def rows(cls, batch: int, seqlen: int) -> "Documents":
@@ -111,7 +111,7 @@ class Documents:
         if self.row_edges is None:
             return states
         edges = self.row_edges[0]
-        first = self._kept("first", states.device, lambda: edges)
+        first = self._index("first", states.device, lambda: edges)
         return states.new_zeros(len(self), *states.shape[1:]).index_copy(0, first, states)
 
     def leave(self, states: Tensor) -> Tensor:
@@ -119,11 +119,11 @@ class Documents:
         if self.row_edges is None:
             return states
         edges = self.row_edges[1]
-        return states[self._kept("last", states.device, lambda: edges)]
+        return states[self._index("last", states.device, lambda: edges)]
 
     def position(self, device: torch.device) -> Tensor:
         """(tokens,) each token's place in its document, counted from 0."""
-        return self._kept("position", device, lambda: np.arange(self.tokens) - np.repeat(self.starts, self.lengths))
+        return self._index("position", device, lambda: np.arange(self.tokens) - np.repeat(self.starts, self.lengths))
 
     def heads(self, count: int, device: torch.device) -> Tensor:
         """(3, heads): document, token and place in the document of the first `count` tokens of every document."""
@@ -134,7 +134,7 @@ class Documents:
             place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
             return np.stack([document, self.starts[document] + place, place])
 
-        return self._kept(("heads", count), device, build)
+        return self._index(("heads", count), device, build)
 
     def tails(self, count: int, device: torch.device) -> Tensor:
         """(documents, count): the last `count` tokens of every document; those before its start index what precedes
@@ -146,14 +146,11 @@ class Documents:
             document = np.arange(len(self))[:, None]
             return np.where(before >= 0, token, self.tokens + document * count + before + count)
 
-        return self._kept(("tails", count), device, build)
+        return self._index(("tails", count), device, build)
 
     def chunks(self, chunk_size: int, device: torch.device) -> ChunkLayout:
         """The layout of these documents in chunks of `chunk_size` tokens."""
-        key = ("chunks", chunk_size, device)
-        if key not in self._cache:
-            self._cache[key] = self._lay_out(chunk_size, device)
-        return self._cache[key]  # type: ignore[return-value]
+        return self._kept.get(("chunks", chunk_size, device), lambda: self._lay_out(chunk_size, device))
 
     def _lay_out(self, chunk_size: int, device: torch.device) -> ChunkLayout:
         per_document = -(-self.lengths // chunk_size)
@@ -179,8 +176,6 @@ class Documents:
             unranking=move(np.argsort(ranking, kind="stable")),
         )
 
-    def _kept(self, name: Hashable, device: torch.device, build: Callable[[], Any]) -> Tensor:
-        key = (name, device)
-        if key not in self._cache:
-            self._cache[key] = to_device(np.asarray(build(), dtype=np.int64), device)
-        return self._cache[key]  # type: ignore[return-value]
+    def _index(self, name: Hashable, device: torch.device, build: Callable[[], Any]) -> Tensor:
+        """An int64 tensor made once for this batch and kept for the next layer."""
+        return self._kept.get((name, device), lambda: to_device(np.asarray(build(), dtype=np.int64), device))

@@ -49,9 +49,10 @@ class SSDSpan:
         self.state_shape = (*x.shape[2:], B.shape[-1])
         self.triton = _takes(backend, x, B)
         self.edges: tuple[list[int], list[int]] | None = None
+        self.offsets: Tensor | None
         if cu_seqlens is None and seq_idx is None and self.triton:
             # rows alone are described by nothing that a compiler could not trace
-            self.nrows, self.offsets = batch, torch.arange(batch + 1) * seqlen
+            self.nrows, self.offsets = batch, None
         else:
             if cu_seqlens is not None:
                 self.documents = Documents.of(cu_seqlens, batch * seqlen)
@@ -78,10 +79,9 @@ class SSDSpan:
             from .gpu import ops
 
             x, dt, A, B, _, dt_bias = self.arguments
-            count = len(self.offsets) - 1 if of is None else len(of)
-            state, log_decay = ops.ssd_state(
-                x, dt, A, B, dt_bias, self.offsets, None if of is None else _on_host(of), count, *self.steps
-            )
+            count = (self.nrows if self.offsets is None else len(self.offsets) - 1) if of is None else len(of)
+            leaves = None if of is None else _on_host(of)
+            state, log_decay = ops.call(ops.ssd_state, x, dt, A, B, dt_bias, self.offsets, leaves, count, *self.steps)
             return state, torch.exp(log_decay)
         with torch.autocast(self.x.device.type, enabled=False):
             state, decay = self.span.leaving()
@@ -130,8 +130,8 @@ class SSDSpan:
         leaves = None if self.edges is None else _on_host(self.edges[1])
         if not final_states:
             leaves = _on_host([])
-        y, final, _, _ = ops.ssd_scan(
-            x, dt, A, B, C, self.D, self.z, dt_bias, initial_states, self.offsets, enters, leaves,
+        y, final, _, _ = ops.call(
+            ops.ssd_scan, x, dt, A, B, C, self.D, self.z, dt_bias, initial_states, self.offsets, enters, leaves,
             self.nrows if final_states else 0, *self.steps, torch.is_grad_enabled(),
             not torch.compiler.is_compiling(),
         )  # fmt: skip
@@ -148,15 +148,15 @@ def _takes(backend: Backend, x: Tensor, B: Tensor) -> bool:
     if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
         return False
     try:
-        from .gpu import config, launch
+        from .gpu import config, launcher
     except ImportError:
         if backend == "triton":
             raise ValueError("backend 'triton' needs the package triton; install it or use 'torch'") from None
         return False
     try:
-        if x.device.type != "cuda" and not launch.INTERPRETED:
+        if x.device.type != "cuda" and not launcher.INTERPRETED:
             raise ValueError(f"backend 'triton' needs tensors on a GPU, got them on {x.device.type!r}; use 'torch'")
-        config.choose(x.shape[3], B.shape[3], x.dtype, launch.device_limits(x.device)[0])
+        config.check(x.shape[3], B.shape[3], x.dtype, launcher.device_limits(x.device)[0])
     except ValueError:
         if backend == "triton":
             raise

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,9 +10,7 @@ from torch import Tensor
 
 from mamba2_dist.kernels.common.checks import check_positive
 from mamba2_dist.kernels.common.documents import Documents
-from mamba2_dist.kernels.common.transfer import to_device
-
-Made = TypeVar("Made")
+from mamba2_dist.kernels.common.transfer import Kept, Made, to_device
 
 
 @dataclass(frozen=True)
@@ -169,7 +166,7 @@ class LocalSegments:
         self.documents = Documents(offsets)
         self.first, self.last = first, last
         self.continues, self.passes = continues.astype(bool), continues.astype(bool) & (first == last)
-        self._cache: dict[Hashable, Any] = {}
+        self._kept = Kept()
 
     @cached_property
     def positions(self) -> np.ndarray:
@@ -182,9 +179,7 @@ class LocalSegments:
 
     def kept(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` gives, made once for this batch and kept for the next layer."""
-        if key not in self._cache:
-            self._cache[key] = make()
-        return self._cache[key]
+        return self._kept.get(key, make)
 
 
 def _even(length: int, parts: int) -> list[int]:

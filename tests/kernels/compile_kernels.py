@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import triton
-from mamba2_dist.kernels.ssd.gpu import backward, config, scan, steps, sweep
+from mamba2_dist.kernels.ssd.gpu import chunk_backward, config, scan, steps, sweep
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -41,11 +41,16 @@ def cases(choice, precision):
         )  # fmt: skip
     chunk = state | {"L": choice.chunk, "N": choice.N, "FLAT": True}
     blocks = chunk | {"K": choice.block}
-    yield "pairs", backward.pairs_kernel, choice.pairs, blocks | {"STAGES": choice.pairs.stages}
-    yield "dx", backward.dx_kernel, choice.dx, blocks | {"HAS_DY": True, "HAS_D": True, "STAGES": choice.dx.stages}
+    yield "pairs", chunk_backward.pairs_kernel, choice.pairs, blocks | {"STAGES": choice.pairs.stages}
+    yield (
+        "dx",
+        chunk_backward.dx_kernel,
+        choice.dx,
+        blocks | {"HAS_DY": True, "HAS_D": True, "STAGES": choice.dx.stages},
+    )
     for source in (False, True):
         yield (
-            f"outside{'_source' * source}", backward.outside_kernel, choice.outside,
+            f"outside{'_source' * source}", chunk_backward.outside_kernel, choice.outside,
             chunk | {"SOURCE": source, "HAS_Q": True, "ADD": True, "STAGES": choice.outside.stages},
         )  # fmt: skip
     few, more_warps = config.Launch(4, 3), config.Launch(8, 3)

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from ..tolerances import RELATIVE, assert_close, relative_error
 from .test_ssd import make_inputs
 
-config, launch, ops = (
-    pytest.importorskip(f"mamba2_dist.kernels.ssd.gpu.{name}") for name in ("config", "launch", "ops")
+backward, config, launcher, ops, problem = (
+    pytest.importorskip(f"mamba2_dist.kernels.ssd.gpu.{name}")
+    for name in ("backward", "config", "launcher", "ops", "problem")
 )
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -31,7 +32,7 @@ BOUNDS = {BF16: HALF, FP16: HALF, FP32: _bounds(1e-5, 2e-5, 1e-4, 1e-4)}
 LOOSER = {
     ("slow", BF16): {"dA": 7e-2},
     ("outliers", BF16): {"dB": 1e-2, "dC": 1e-2},  # the roundings of a few large terms
-    ("alternating", FP32): _bounds(1e-4, 1e-4, 1e-4, 2e-2),  # float32 holds log decays of 1e3 to 1e-4
+    ("alternating", FP32): _bounds(*[1e-4] * 4),  # float32 holds log decays of 1e3 to 1e-4
 }
 
 # ranges of -A and of dt
@@ -43,7 +44,7 @@ REGIMES = {
 }  # fmt: skip
 OFFSETS = [0, 0, 63, 64, 65, 128, 129, 129, 150, 150]
 
-interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="needs Triton's interpreter: TRITON_INTERPRET=1")
+interpreted = pytest.mark.skipif(not launcher.INTERPRETED, reason="needs Triton's interpreter: TRITON_INTERPRET=1")
 # batch, seqlen, nheads, headdim, d_state, ngroups
 SHAPES = [
     (1, 1, 16, 64, 128, 1), (3, 63, 5, 64, 128, 1), (1, 65, 8, 32, 16, 2), (2, 257, 8, 64, 64, 8),
@@ -62,6 +63,12 @@ on_triton = functools.partial(
 )
 on_torch = functools.partial(on_triton, backend="torch")
 by_definition = functools.partial(ssd_recurrence, dt_softplus=True)
+
+
+@pytest.fixture(autouse=True)
+def forgetful():
+    """No test sees what another has worked out."""
+    problem._plans.values.clear()
 
 
 @pytest.fixture
@@ -152,8 +159,8 @@ def check_scan(inputs, bounds=INTERPRETED, reference=by_definition, **options):
 @pytest.fixture
 def tables(monkeypatch):
     """The tables that the operator works by."""
-    made, lay_out = [], launch.lay_out
-    monkeypatch.setattr(launch, "lay_out", lambda *args: made.append(lay_out(*args)) or made[-1])
+    made, lay_out = [], problem.lay_out
+    monkeypatch.setattr(problem, "lay_out", lambda *args: made.append(lay_out(*args)) or made[-1])
     return made
 
 
@@ -205,7 +212,7 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("processors", [1, 8])
     def test_state_gradient(self, processors, monkeypatch):
-        monkeypatch.setattr(launch, "INTERPRETED_AS", (90, processors))
+        monkeypatch.setattr(launcher, "INTERPRETED_AS", (90, processors))
         inputs, offsets = draw((1, 300, 2, 24, 20, 1), FP32, owners=3), torch.tensor([0, 0, 31, 300])
         expected = outcome(by_definition, wide(inputs), loss=("y",), cu_seqlens=offsets)["dinitial_states"]
         C, dt, A, dt_bias = (inputs[name] for name in ("C", "dt", "A", "dt_bias"))
@@ -215,20 +222,27 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("ngroups", [1, 2])
     def test_tiles(self, ngroups, monkeypatch):
-        monkeypatch.setattr(launch, "choose", half_precision_tiles)
+        monkeypatch.setattr(problem, "choose", half_precision_tiles)
         check_scan(draw((1, 200, 2, 64, 32, ngroups), FP32))
 
+    def test_steep_decays(self, monkeypatch):
+        """There is little around a token that forgets, and much between two of them, which must not hide it."""
+        monkeypatch.setattr(problem, "choose", half_precision_tiles)
+        inputs = draw((1, 128, 2, 16, 16, 1), FP32, "alternating")
+        inputs["A"].fill_(-2.0)
+        check_scan(inputs, BOUNDS[FP32])
+
     def test_a_cut_sequence(self, tables, monkeypatch):
-        monkeypatch.setattr(launch, "INTERPRETED_AS", (90, 2))
+        monkeypatch.setattr(launcher, "INTERPRETED_AS", (90, 2))
         check_scan(draw((1, 600, 1, 16, 16, 1), FP32))
         assert all(table.cut for table in tables)
 
     @pytest.mark.parametrize(("ngroups", "processors"), [(1, 1), (1, 4), (2, 4), (4, 1)])
     def test_heads_in_waves(self, ngroups, processors, monkeypatch):
-        seen, waves = [], launch._waves
-        monkeypatch.setattr(launch, "MIN_WORKSPACE", 0)
-        monkeypatch.setattr(launch, "INTERPRETED_AS", (90, processors))
-        monkeypatch.setattr(launch, "_waves", lambda problem: seen.append(waves(problem)) or seen[-1])
+        seen, waves = [], backward._waves
+        monkeypatch.setattr(backward, "MIN_WORKSPACE", 0)
+        monkeypatch.setattr(launcher, "INTERPRETED_AS", (90, processors))
+        monkeypatch.setattr(backward, "_waves", lambda problem: seen.append(waves(problem)) or seen[-1])
         check_scan(draw((1, 64, 4, 16, 64, ngroups), FP32))
         assert seen[0][0] < 4
 
@@ -265,7 +279,7 @@ FAULTS = {
     "no states around": ("discretize_backward_kernel", False, _zero("W_ptr")),
     "no diagonal": ("discretize_backward_kernel", False, _zero("S_ptr")),
     "no pairs": ("outside_kernel", False, _zero("Q_ptr")),
-    "no skip": ("dx_kernel", False, _zero("D_ptr")),
+    "no skip": ("dx_kernel", False, lambda a: a.update(D_ptr=torch.zeros_like(a["D_ptr"]))),
     "no decay": ("discretize_kernel", True, lambda a: a["weight_ptr"].copy_(a["log_dt_ptr"].exp2())),
     "no states": ("sweep_kernel", True, lambda a: a["REVERSE"] or a["states_ptr"].zero_()),
     "no gradients of states": ("sweep_kernel", True, lambda a: a["REVERSE"] and a["states_ptr"].zero_()),
@@ -278,20 +292,20 @@ FAULTS = {
 @interpreted
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_comparison_sees(fault, monkeypatch):
-    (name, after, spoil), run = FAULTS[fault], launch._launch
+    (name, after, spoil), run = FAULTS[fault], launcher.Launcher.__call__
 
-    def faulty(kernel, grid, **arguments):
-        this = kernel is getattr(launch, name)
+    def faulty(self, **tensors):
+        this, arguments = self.kernel.fn.__name__ == name, self.arguments | tensors
         if this and not after:
             spoil(arguments)
-        run(kernel, grid, **arguments)
+        run(self, **{name: arguments[name] for name in tensors})
         if this and after:
             spoil(arguments)
 
     inputs = draw((1, 200, 1, 16, 16, 1), FP32)
     inputs["A"] /= 16  # something is left of a state after a chunk
-    monkeypatch.setattr(launch, "choose", half_precision_tiles)
-    monkeypatch.setattr(launch, "_launch", faulty)
+    monkeypatch.setattr(problem, "choose", half_precision_tiles)
+    monkeypatch.setattr(launcher.Launcher, "__call__", faulty)
     actual, expected = outcome(on_triton, inputs), outcome(on_torch, wide(inputs))
     assert any(relative_error(actual[name], expected[name]) > 2 * BOUNDS[BF16][name] for name in expected)
 
@@ -357,8 +371,8 @@ class TestOnGPU:
 
     @pytest.mark.parametrize("processors", [1, 16, 1024])
     def test_a_cut_sequence(self, processors, tables, monkeypatch):
-        capability, _ = launch.device_limits(torch.device("cuda"))
-        monkeypatch.setattr(launch, "device_limits", lambda device: (capability, processors))
+        capability, _ = launcher.device_limits(torch.device("cuda"))
+        monkeypatch.setattr(launcher, "_properties", lambda device: (capability, processors))
         check_scan(draw((1, 4103, 4, 64, 128, 2), BF16, device="cuda"), BOUNDS[BF16], on_torch)
         assert tables[0].cut == (processors > 1)
 

@@ -1,328 +1,322 @@
-"""Gradients of a chunk, given the state that enters it and the gradient of the state that leaves it.
+"""The kernels in order, backward: gradients of everything that `forward.py` takes."""
 
-Programs own a chunk and loop over the heads of a group, so that B and C are read once, and what a group's heads share,
-the gradients of B and C, is summed in registers in a fixed order: no atomics, the same bits every time.
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-With G_ij = C_i^T B_j, E_ij = dt_j 2^(cum_i - cum_j) for j <= i, and dS_ij = dy_i . x_j,
-    d(x_j) = sum_i G_ij E_ij dy_i + weight_j dh B_j + D dy_j
-    d(B_j) = sum_i Q_ij C_i + sum_heads weight_j dh^T x_j         Q_ij = sum_heads dS_ij E_ij
-    d(C_i) = sum_j Q_ij B_j + sum_heads 2^(cum_i) h^T dy_i
-and the decays' gradients need T_ij = dS_ij E_ij G_ij for j < i: its sum over the pairs around each token, and over the
-targets of each source.
-"""
-
+import torch
 import triton
-import triton.language as tl
+from torch import Tensor
 
-from .steps import STEEP
-from .tiles import head_tokens, load_tokens, place, span_tokens, store_tokens
+from .chunk_backward import dx_kernel, outside_kernel, pairs_kernel, skip_kernel
+from .config import Config, Launch
+from .forward import HEADS_PER_STEP_PROGRAM, Steps, compiler_options, discretize, skip_strides, sweep, what_enters
+from .gate import gate_backward_kernel
+from .launcher import device_limits
+from .problem import Problem, aligned, aligned_size, aligned_view, empty_aligned, pad_states, strides, unpad_states
+from .steps import discretize_backward_kernel, sum_chunks_kernel
 
-SIZES = ["nchunks", "first_head", "wheads", "heads_per_program", "nheads", "ngroups", "headdim", "d_state"]
-
-
-@triton.jit
-def _weights(cum_j, log_dt, cum_i, offs, DIAGONAL: tl.constexpr):
-    """E for source tokens j, in rows, and target tokens i, in columns; DIAGONAL: they are the same tokens, otherwise
-    all targets come after all sources and E is a product of two factors that are at most dt and 1."""
-    if DIAGONAL:
-        exponent = cum_i[None, :] - cum_j[:, None] + log_dt[:, None]
-        return tl.exp2(tl.where(offs[None, :] >= offs[:, None], exponent, -float("inf")))
-    else:
-        between = tl.min(cum_j, 0)  # at the last source, as sums of log decays never rise
-        return tl.exp2(between - cum_j + log_dt)[:, None] * tl.exp2(cum_i - between)[None, :]
+MIN_WORKSPACE = 1 << 28  # bytes of states that the backward pass may always hold
 
 
-@triton.jit
-def _from_each(T, triangle, PRECISION: tl.constexpr):
-    """T's sums over targets from each token on, sources in rows; triangle: ones at and below its diagonal, in bfloat16
-    (T is then split in two, so that nothing is lost that matters) or float32."""
-    if triangle.dtype == tl.float32:
-        return tl.dot(T, triangle, input_precision=PRECISION)
-    else:
-        high = T.to(tl.bfloat16)
-        low = (T - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(low, triangle, tl.dot(high, triangle))
+@dataclass(frozen=True)
+class Gradients:
+    """dx and ddt in the dtypes of x and dt, the others in float32, dB and dC where they had to be summed."""
+
+    dx: Tensor
+    ddt: Tensor
+    dA: Tensor
+    dB: Tensor
+    dC: Tensor | None
+    ddt_bias: Tensor
+    dD: Tensor
+    d_initial: Tensor | None
 
 
-@triton.jit
-def _pairs_of_heads(
-    xs, dys, Bs, Cs, cum_ptr, log_dt_ptr, steepest_ptr, Q_ptr, S_ptr, sums_ptr, chunk, nchunks, part, head0, group,
-    slots, plane, heads_per_program, headdim,
-    J, I, L: tl.constexpr, K: tl.constexpr, P: tl.constexpr, PT: tl.constexpr,
-    DIAGONAL: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Sources J to J + K, targets I to I + K."""
-    G = tl.dot(Bs.load([J, 0]), tl.trans(Cs.load([I, 0])), input_precision=PRECISION)
-    offs = tl.arange(0, K)
-    if DIAGONAL:
-        own = tl.sum(tl.where(offs[None, :] == offs[:, None], G, 0.0), 1)
-        # every part of a group writes the same
-        tl.store(S_ptr + group.to(tl.int64) * slots + chunk * L + J + offs, own)
-        exact = tl.float32 if Q_ptr.dtype.element_ty == tl.float32 else tl.bfloat16
-        triangle = tl.where(offs[:, None] >= offs[None, :], 1.0, 0.0).to(exact)
-    Q = tl.zeros([K, K], tl.float32)
-    for i in tl.range(0, heads_per_program * PT, num_stages=STAGES):
-        head = head0 + i // PT
-        p_tile = i % PT
-        v = part * heads_per_program * PT + i
-        x = load_tokens(xs, J, head, p_tile * P, headdim, K, P, FLAT)
-        dy = load_tokens(dys, I, head, p_tile * P, headdim, K, P, FLAT)
-        slot = head * slots + chunk * L
-        cum_j = tl.load(cum_ptr + slot + J + offs)
-        log_dt = tl.load(log_dt_ptr + slot + J + offs)
-        cum_i = tl.load(cum_ptr + slot + I + offs)
-        dS = tl.dot(x, tl.trans(dy), input_precision=PRECISION)
-        q = dS * _weights(cum_j, log_dt, cum_i, offs, DIAGONAL)
-        Q += q
-        T = q * G
-        out = sums_ptr + v * slots + chunk * L + offs
-        if DIAGONAL:
-            same = offs[None, :] == offs[:, None]
-            own = tl.sum(tl.where(same, dS, 0.0), 1)
-            T = tl.where(same, 0.0, T)
-            tl.store(out + plane + J, tl.sum(T, 1))
-            if tl.load(steepest_ptr + head * nchunks + chunk) < STEEP:
-                T = tl.where(offs[:, None] < offs[None, :], _from_each(T, triangle, PRECISION), 0.0)
-            tl.store(out + J, tl.sum(T, 0))
-            tl.store(out + 3 * plane + J, own)
-        else:
-            tl.store(out + 2 * plane + I, tl.sum(T, 0))
-            tl.store(out + 2 * plane + J, tl.sum(T, 1))
-    # sources in rows; where targets come before sources it stays zero
-    at = Q_ptr + (J + offs)[:, None] * L + I + offs[None, :]
-    tl.store(at, Q.to(Q_ptr.dtype.element_ty))
+def backward(
+    problem: Problem, D: Tensor | None, initial: Tensor | None, entering: Tensor | None, dy: Tensor | None,
+    d_final: Tensor | None, d_decay: Tensor | None = None,
+) -> Gradients:  # fmt: skip
+    """Gradients from those of y (None: only states were wanted), of the final states (None: not used) and of the
+    documents' total log decays, (rows of final states, nheads). entering: as `forward` kept it, None: not kept."""
+    config, table = problem.config, problem.table
+    x, B, C = problem.x, problem.B, problem.C
+    size = config.chunk
+    dy = None if dy is None else aligned(dy.to(x.dtype))
+    initial, d_final = pad_states(initial, config), pad_states(d_final, config)
+    steps = discretize(problem, size)
+    none = table.no_span
+
+    d_initial = None
+    if initial is not None:
+        d_initial = torch.zeros_like(initial)
+        if d_final is not None and table.through.shape[1]:
+            d_initial[table.through[0]] = d_final[table.through[1]]
+
+    state, state_index = initial, table.span_initial if initial is not None else none
+    d_state, d_index = d_final, table.span_final if d_final is not None else none
+    if table.cut:
+        state = what_enters(problem, steps, size, initial, False, x, B) if entering is None else entering
+        d_state = what_enters(problem, steps, size, d_final, True, dy, C)
+        state_index = d_index = table.span_itself
+
+    heads, heads_per_program = problem.once("waves", lambda: _waves(problem))
+    made = _room(problem, dy is not None, heads, heads_per_program)
+    for first_head in range(0, problem.nheads, heads):
+        wave = Wave(first_head, heads, heads_per_program)
+        # the state entering each chunk and the gradient of the one leaving it
+        sweep(
+            problem, steps, size, rows=x, cols=B, reverse=False, enter=state, enter_index=state_index,
+            leave=made.unread, leave_index=none, states=made.h, first_head=first_head, wheads=heads,
+        )  # fmt: skip
+        sweep(
+            problem, steps, size, rows=dy, cols=C, reverse=True, enter=d_state, enter_index=d_index,
+            leave=made.unread if d_initial is None else d_initial,
+            leave_index=none if d_initial is None else table.first_initial,
+            states=made.dh, first_head=first_head, wheads=heads,
+        )  # fmt: skip
+        if dy is not None:
+            _pairs(problem, steps, dy, made, wave)
+            _outside(problem, steps, dy, made, wave, source=False)
+        _outside(problem, steps, dy, made, wave, source=True)
+        # after both: dx may lie where h was
+        _dx(problem, steps, dy, D, made, wave)
+        _discretize_backward(problem, steps, d_decay, made, wave)
+    dB = _sum_shares(made.dB)
+    dC = None if made.dC is None else _sum_shares(made.dC)
+    dA, ddt_bias, dD = (total.clone() for total in _sum_chunks(problem, made.shares))
+    if D is not None and D.ndim == 2:
+        dD = _skip_gradient(problem, dy)
+    return Gradients(
+        made.dx, made.ddt, dA, dB, dC, ddt_bias, dD, None if d_initial is None else unpad_states(problem, d_initial)
+    )
 
 
-@triton.jit(do_not_specialize=SIZES)
-def pairs_kernel(
-    x_ptr, dy_ptr, cum_ptr, log_dt_ptr, steepest_ptr, B_ptr, C_ptr, Q_ptr, S_ptr, sums_ptr, chunks_ptr, nchunks,
-    x_row_stride, x_token_stride, x_head_stride, dy_row_stride, dy_token_stride, dy_head_stride,
-    B_row_stride, B_token_stride, B_group_stride, C_row_stride, C_token_stride, C_group_stride,
-    first_head, wheads, heads_per_program, nheads, ngroups, headdim, d_state,
-    L: tl.constexpr, K: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr,
-    FLAT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Q and the sums of T of a block of K by K pairs of a chunk of L = K or 2 K tokens: on its diagonal, or beside it,
-    from sources in its first half to targets in its second.
+def gate_gradients(problem: Problem, dy: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of y before the gate and of z, all (batch, seqlen, nheads, headdim)."""
+    d_ungated, dz = torch.empty_like(ungated), torch.empty_like(ungated)
+    dy, z = dy if dy.stride(-1) == 1 else dy.contiguous(), z if z.stride(-1) == 1 else z.contiguous()
+    batch, seqlen, nheads, headdim = z.shape
+    problem.run(
+        gate_backward_kernel, (dy.stride(), ungated.stride(), z.stride()),
+        lambda: dict(
+            grid=(batch * seqlen, triton.cdiv(nheads * headdim, 1024)), **strides("dy", dy), **strides("y", ungated),
+            **strides("z", z), seqlen=seqlen, nheads=nheads, headdim=headdim, ELEMENTS=1024, num_warps=4,
+        ),
+        dy_ptr=dy, ungated_ptr=ungated, z_ptr=z, d_ungated_ptr=d_ungated, dz_ptr=dz,
+    )  # fmt: skip
+    return d_ungated, dz.to(z.dtype)
 
-    sums: six planes of (wheads * PT, nchunks * L). From the diagonal: T over sources, at the target, or in a STEEP chunk
-    over the block's pairs around a token; T over targets, at the source. Third, from beside it, T over sources at the targets and over targets at the sources. Fourth
-    dS_jj. The last two are `outside_kernel`'s. S: G_jj.
+
+def _sum_shares(shares: Tensor) -> Tensor:
+    """The sum over programs that shared a group's heads."""
+    return shares[0] if len(shares) == 1 else shares.sum(0)
+
+
+def _sum_chunks(problem: Problem, shares: Tensor) -> Tensor:
+    """The sum of (nchunks, ...) over chunks."""
+    total = torch.empty(shares.shape[1:], dtype=torch.float32, device=shares.device)
+    columns = total.numel()
+    problem.run(
+        sum_chunks_kernel, (columns,),
+        lambda: dict(
+            grid=(triton.cdiv(columns, 16),), nchunks=len(shares), columns=columns, ROWS=128, COLUMNS=16, num_warps=4
+        ),
+        shares_ptr=shares, total_ptr=total,
+    )  # fmt: skip
+    return total
+
+
+def _skip_gradient(problem: Problem, dy: Tensor | None) -> Tensor:
+    """Sum of dy x over tokens, (nheads, headdim)."""
+    config, x = problem.config, problem.x
+    if dy is None:
+        return x.new_zeros(x.shape[2:], dtype=torch.float32)
+    chunks = problem.table.by_chunk[config.chunk]
+    shares = x.new_empty(chunks.count, problem.nheads, config.state_shape[0], dtype=torch.float32)
+    problem.run(
+        skip_kernel, (dy.stride(),),
+        lambda: dict(
+            grid=(chunks.count, problem.nheads * config.P_tiles), nchunks=chunks.count, **strides("x", x),
+            **strides("dy", dy), nheads=problem.nheads, headdim=x.shape[3], L=config.chunk, P=config.P,
+            PT=config.P_tiles, num_warps=4,
+        ),
+        x_ptr=x, dy_ptr=dy, shares_ptr=shares, chunks_ptr=chunks.chunks,
+    )  # fmt: skip
+    return _sum_chunks(problem, shares)[:, : x.shape[3]].contiguous()
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Memory of the backward pass: results, and what one wave of heads needs."""
+
+    dx: Tensor
+    ddt: Tensor
+    dB: Tensor  # (shares, batch, seqlen, ngroups, d_state)
+    dC: Tensor | None
+    shares: Tensor  # (nchunks, 3, nheads): each chunk's part of the gradients of A, dt_bias and D
+    h: Tensor
+    dh: Tensor
+    Q: Tensor
+    S: Tensor
+    sums: Tensor
+    W: Tensor
+    unread: Tensor
+
+
+class Wave(NamedTuple):
+    """Heads that run at once, `per_program` of them in one program."""
+
+    first: int
+    heads: int
+    per_program: int
+
+
+def _waves(problem: Problem) -> tuple[int, int]:
+    """Heads of a wave and heads of a program.
+
+    A wave's gradients of states take no more room than x, or MIN_WORKSPACE; its states lie where dx will, or take as
+    much again.
     """
-    BLOCKS: tl.constexpr = 2 * (L // K) - 1
-    part = tl.program_id(0)
-    chunk = tl.program_id(1) // BLOCKS
-    block = tl.program_id(1) % BLOCKS
-    head0 = first_head + part * heads_per_program
-    group = head0 // (nheads // ngroups)
-    row, start, length = place(chunks_ptr, nchunks, chunk)
-    xs = span_tokens(
-        x_ptr, row, start, length, x_row_stride, x_token_stride, nheads, x_head_stride, headdim, K, P, FLAT
-    )
-    dys = span_tokens(
-        dy_ptr, row, start, length, dy_row_stride, dy_token_stride, nheads, dy_head_stride, headdim, K, P, FLAT
-    )
-    Bs = head_tokens(B_ptr, row, start, length, B_row_stride, B_token_stride, group, B_group_stride, d_state, K, N)
-    Cs = head_tokens(C_ptr, row, start, length, C_row_stride, C_token_stride, group, C_group_stride, d_state, K, N)
-    slots = nchunks.to(tl.int64) * L
-    plane = wheads * PT * slots
-    Q_ptr += (part.to(tl.int64) * nchunks + chunk) * L * L
-    # the blocks of a chunk are neighbours in the launch: they read the same tokens at the same time
-    if BLOCKS == 1:
-        _pairs_of_heads(
-            xs, dys, Bs, Cs, cum_ptr, log_dt_ptr, steepest_ptr, Q_ptr, S_ptr, sums_ptr, chunk, nchunks, part, head0,
-            group, slots, plane, heads_per_program, headdim, 0, 0, L, K, P, PT, True, FLAT, PRECISION, STAGES,
-        )  # fmt: skip
+    heads_per_group = problem.nheads // problem.ngroups
+    nchunks = problem.table.by_chunk[problem.config.chunk].count
+    height, width = problem.config.state_shape
+    room = max(problem.x.numel(), MIN_WORKSPACE // problem.x.element_size())
+    fits = max(1, room // max(1, nchunks * height * width))
+    sizes = _divisors(heads_per_group) + [heads_per_group * n for n in _divisors(problem.ngroups)]
+    wheads = max(n for n in sizes if n <= fits)
+    # enough programs for about two a processor
+    _, processors = device_limits(problem.x.device)
+    enough = [n for n in _divisors(min(wheads, heads_per_group)) if nchunks * (wheads // n) >= 1.8 * processors]
+    return wheads, max(enough, default=1)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _room(problem: Problem, has_dy: bool, wheads: int, heads_per_program: int) -> _Room:
+    config, x, B = problem.config, problem.x, problem.B
+    nchunks = problem.table.by_chunk[config.chunk].count
+    slots = nchunks * config.chunk
+    heads_per_group = problem.nheads // problem.ngroups
+    shares = min(wheads, heads_per_group) // heads_per_program
+    whole = shares == 1 and wheads >= heads_per_group
+    states = wheads * config.state_shape[0] * config.state_shape[1] * nchunks
+    if wheads == problem.nheads:
+        # every h is read before any dx is written: they share their memory
+        h = x.new_empty(max(states, aligned_size(x)))
+        dx = aligned_view(h, x)
     else:
-        if block < 2:
-            _pairs_of_heads(
-                xs, dys, Bs, Cs, cum_ptr, log_dt_ptr, steepest_ptr, Q_ptr, S_ptr, sums_ptr, chunk, nchunks, part, head0,
-                group, slots, plane, heads_per_program, headdim, block * K, block * K, L, K, P, PT, True, FLAT, PRECISION, STAGES,
-            )  # fmt: skip
-        else:
-            _pairs_of_heads(
-                xs, dys, Bs, Cs, cum_ptr, log_dt_ptr, steepest_ptr, Q_ptr, S_ptr, sums_ptr, chunk, nchunks, part, head0,
-                group, slots, plane, heads_per_program, headdim, 0, K, L, K, P, PT, False, FLAT, PRECISION, STAGES,
-            )  # fmt: skip
-
-
-@triton.jit
-def _dx_of_heads(
-    dys, Bs, Cs, dhs, dxs, cum_ptr, log_dt_ptr, weight_ptr, D_ptr, chunk, part, head0, slots, heads_per_program,
-    headdim,
-    J: tl.constexpr, L: tl.constexpr, K: tl.constexpr, P: tl.constexpr, PT: tl.constexpr,
-    HAS_DY: tl.constexpr, HAS_D: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Sources J to J + K."""
-    SECOND: tl.constexpr = J + K < L
-    B = Bs.load([J, 0])
-    dtype = B.dtype
-    offs = tl.arange(0, K)
-    offs_p = tl.arange(0, P)
-    if HAS_DY:
-        G = tl.dot(B, tl.trans(Cs.load([J, 0])), input_precision=PRECISION)
-        if SECOND:
-            G2 = tl.dot(B, tl.trans(Cs.load([J + K, 0])), input_precision=PRECISION)
-    for i in tl.range(0, heads_per_program * PT, num_stages=STAGES):
-        head = head0 + i // PT
-        p_tile = i % PT
-        v = part * heads_per_program * PT + i
-        slot = head * slots + chunk * L + J
-        dh = dhs.load([v * P, 0])
-        weight = tl.load(weight_ptr + slot + offs)
-        dx = tl.dot(B, tl.trans(dh), input_precision=PRECISION) * weight[:, None]
-        if HAS_DY:
-            dy = load_tokens(dys, J, head, p_tile * P, headdim, K, P, FLAT)
-            cum = tl.load(cum_ptr + slot + offs)
-            log_dt = tl.load(log_dt_ptr + slot + offs)
-            dx = tl.dot((G * _weights(cum, log_dt, cum, offs, True)).to(dtype), dy, dx, input_precision=PRECISION)
-            if SECOND:
-                dy2 = load_tokens(dys, J + K, head, p_tile * P, headdim, K, P, FLAT)
-                cum2 = tl.load(cum_ptr + slot + K + offs)
-                dx = tl.dot(
-                    (G2 * _weights(cum, log_dt, cum2, offs, False)).to(dtype), dy2, dx, input_precision=PRECISION
-                )
-            if HAS_D:
-                D = tl.load(D_ptr + (head * PT + p_tile) * P + offs_p)
-                dx += dy.to(tl.float32) * D[None, :]
-        store_tokens(dxs, J, head, p_tile * P, headdim, dx.to(dtype), K, P, FLAT)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def dx_kernel(
-    dy_ptr, cum_ptr, log_dt_ptr, weight_ptr, B_ptr, C_ptr, D_ptr, dh_ptr, dx_ptr, chunks_ptr, nchunks,
-    dy_row_stride, dy_token_stride, dy_head_stride, B_row_stride, B_token_stride, B_group_stride,
-    C_row_stride, C_token_stride, C_group_stride, dx_row_stride, dx_token_stride, dx_head_stride,
-    first_head, wheads, heads_per_program, nheads, ngroups, headdim, d_state,
-    L: tl.constexpr, K: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr,
-    HAS_DY: tl.constexpr, HAS_D: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """dx of a chunk of L tokens, or of one of its halves of K = L / 2."""
-    part = tl.program_id(0)
-    chunk = tl.program_id(1) // (L // K)
-    half = tl.program_id(1) % (L // K)
-    head0 = first_head + part * heads_per_program
-    group = head0 // (nheads // ngroups)
-    row, start, length = place(chunks_ptr, nchunks, chunk)
-    dxs = span_tokens(
-        dx_ptr, row, start, length, dx_row_stride, dx_token_stride, nheads, dx_head_stride, headdim, K, P, FLAT
+        h, dx = x.new_empty(states), empty_aligned(x)
+    new = lambda *shape: x.new_empty(*shape, dtype=torch.float32)  # noqa: E731
+    grads = lambda: empty_aligned(B.expand(shares, *B.shape), x.dtype if whole else torch.float32)  # noqa: E731
+    return _Room(
+        dx=dx,
+        ddt=torch.empty(problem.dt.shape, dtype=problem.dt.dtype, device=x.device),
+        dB=grads(),
+        dC=grads() if has_dy else None,
+        shares=new(nchunks, 3, problem.nheads),
+        h=h,
+        dh=x.new_empty(states),
+        Q=x.new_zeros(wheads // heads_per_program if has_dy else 0, nchunks, config.chunk, config.chunk),
+        S=new(problem.ngroups, slots) if has_dy else torch.zeros(problem.ngroups, slots, device=x.device),
+        # without dy no pairs are written
+        sums=(torch.empty if has_dy else torch.zeros)(6, wheads * config.P_tiles, slots, device=x.device),
+        W=new(wheads * config.P_tiles, nchunks),
+        unread=new(1),
     )
-    dys = span_tokens(
-        dy_ptr, row, start, length, dy_row_stride, dy_token_stride, nheads, dy_head_stride, headdim, K, P, FLAT
-    )
-    dhs = tl.make_tensor_descriptor(
-        dh_ptr + chunk.to(tl.int64) * (wheads * PT * P * N), [wheads * PT * P, N], [N, 1], [P, N]
-    )
-    Bs = head_tokens(B_ptr, row, start, length, B_row_stride, B_token_stride, group, B_group_stride, d_state, K, N)
-    Cs = head_tokens(C_ptr, row, start, length, C_row_stride, C_token_stride, group, C_group_stride, d_state, K, N)
-    slots = nchunks.to(tl.int64) * L
-    # the halves of a chunk are neighbours in the launch: they read the same dh and dy at the same time
-    if half == 0:
-        _dx_of_heads(
-            dys, Bs, Cs, dhs, dxs, cum_ptr, log_dt_ptr, weight_ptr, D_ptr, chunk, part, head0, slots, heads_per_program,
-            headdim, 0, L, K, P, PT, HAS_DY, HAS_D, FLAT, PRECISION, STAGES,
-        )  # fmt: skip
-    elif L > K:
-        _dx_of_heads(
-            dys, Bs, Cs, dhs, dxs, cum_ptr, log_dt_ptr, weight_ptr, D_ptr, chunk, part, head0, slots, heads_per_program,
-            headdim, K, L, K, P, PT, HAS_DY, HAS_D, FLAT, PRECISION, STAGES,
-        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SIZES)
-def outside_kernel(
-    rows_ptr, cum_ptr, weight_ptr, cols_ptr, others_ptr, states_ptr, opposite_ptr, Q_ptr, out_ptr, sums_ptr, W_ptr,
-    chunks_ptr, nchunks, row_stride, token_stride, head_stride, col_row_stride, col_token_stride, col_group_stride,
-    other_row_stride, other_token_stride, other_group_stride, out_part_stride, out_row_stride, out_token_stride,
-    out_group_stride,
-    first_head, wheads, heads_per_program, nheads, ngroups, headdim, d_state,
-    L: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr,
-    SOURCE: tl.constexpr, HAS_Q: tl.constexpr, ADD: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """The gradient of C from rows dy and states h; of B, if SOURCE, from rows x, states dh and, for the decays, h.
+def _options(launch: Launch) -> dict[str, Any]:
+    return {"STAGES": launch.stages, **compiler_options(launch)}
 
-    It begins with the pairs inside the chunk, Q, already summed over heads; ADD continues an earlier launch's sum.
-    sums: the chunk's pairs with targets after it (SOURCE) or with sources before it; W: those around it.
-    """
-    part = tl.program_id(0)
-    chunk = tl.program_id(1)
-    head0 = first_head + part * heads_per_program
-    group = head0 // (nheads // ngroups)
-    row, start, length = place(chunks_ptr, nchunks, chunk)
-    rows = span_tokens(rows_ptr, row, start, length, row_stride, token_stride, nheads, head_stride, headdim, L, P, FLAT)
-    cols = head_tokens(
-        cols_ptr, row, start, length, col_row_stride, col_token_stride, group, col_group_stride, d_state, L, N
-    )
-    # programs of one group that run at once write to different shares
-    share = (head0 % tl.minimum(wheads, nheads // ngroups)) // heads_per_program
-    out_ptr += share.to(tl.int64) * out_part_stride
-    out = head_tokens(
-        out_ptr, row, start, length, out_row_stride, out_token_stride, group, out_group_stride, d_state, L, N
-    )
-    offset = chunk.to(tl.int64) * (wheads * PT * P * N)
-    states = tl.make_tensor_descriptor(states_ptr + offset, [wheads * PT * P, N], [N, 1], [P, N])
-    if SOURCE:
-        opposites = tl.make_tensor_descriptor(opposite_ptr + offset, [wheads * PT * P, N], [N, 1], [P, N])
-    offs_l = tl.arange(0, L)
-    offs_p = tl.arange(0, P)
-    if ADD:
-        sum = out.load([0, 0]).to(tl.float32)
+
+def _of_wave(problem: Problem, wave: Wave) -> dict[str, Any]:
+    """What all kernels take that loop over the heads of a program."""
+    config = problem.config
+    return {
+        "nchunks": problem.table.by_chunk[config.chunk].count, "first_head": wave.first, "wheads": wave.heads,
+        "heads_per_program": wave.per_program, **problem.sizes, "L": config.chunk, "P": config.P, "N": config.N,
+        "PT": config.P_tiles, "PRECISION": problem.plan.precision,
+    }  # fmt: skip
+
+
+def _flat(config: Config, *tensors: Tensor) -> bool:
+    """Whether heads lie side by side and channel tiles divide them."""
+    return all(tensor.stride(2) == tensor.shape[3] and tensor.shape[3] % config.P == 0 for tensor in tensors)
+
+
+def _pairs(problem: Problem, steps: Steps, dy: Tensor, made: _Room, wave: Wave) -> None:
+    """Q and the decays' share of the pairs inside chunks."""
+    config, x, B, C = problem.config, problem.x, problem.B, problem.C
+    chunks = problem.table.by_chunk[config.chunk]
+    problem.run(
+        pairs_kernel, (wave, dy.stride()),
+        lambda: dict(
+            grid=(wave.heads // wave.per_program, chunks.count * (2 * (config.chunk // config.block) - 1)),
+            **_of_wave(problem, wave), **strides("x", x), **strides("dy", dy), **strides("B", B, "group"),
+            **strides("C", C, "group"), K=config.block, FLAT=_flat(config, x, dy), **_options(config.pairs),
+        ),
+        x_ptr=x, dy_ptr=dy, cum_ptr=steps.cum, log_dt_ptr=steps.log_dt, steepest_ptr=steps.steepest, B_ptr=B, C_ptr=C,
+        Q_ptr=made.Q, S_ptr=made.S, sums_ptr=made.sums, chunks_ptr=chunks.chunks,
+    )  # fmt: skip
+
+
+def _outside(problem: Problem, steps: Steps, dy: Tensor | None, made: _Room, wave: Wave, source: bool) -> None:
+    """dB (source) or dC: the pairs inside chunks and the states around them."""
+    config, chunks = problem.config, problem.table.by_chunk[problem.config.chunk]
+    if source:
+        rows, cols, others, out, states, opposite = problem.x, problem.B, problem.C, made.dB, made.dh, made.h
     else:
-        sum = tl.zeros([L, N], tl.float32)
-    if HAS_Q:
-        others = head_tokens(
-            others_ptr, row, start, length, other_row_stride, other_token_stride, group, other_group_stride, d_state,
-            L, N,
-        )  # fmt: skip
-        Qs = tl.make_tensor_descriptor(Q_ptr + (part.to(tl.int64) * nchunks + chunk) * L * L, [L, L], [L, 1], [L, L])
-        Q = Qs.load([0, 0])
-        if not SOURCE:
-            Q = tl.trans(Q)
-        sum = tl.dot(Q, others.load([0, 0]), sum, input_precision=PRECISION)
-    col = cols.load([0, 0])
-    slots = nchunks.to(tl.int64) * L
-    plane = wheads * PT * slots
-    for i in tl.range(0, heads_per_program * PT, num_stages=STAGES):
-        head = head0 + i // PT
-        p_tile = i % PT
-        v = part * heads_per_program * PT + i
-        r = load_tokens(rows, 0, head, p_tile * P, headdim, L, P, FLAT)
-        state = states.load([v * P, 0])
-        slot = head * slots + chunk * L
-        if SOURCE:
-            weight = tl.load(weight_ptr + slot + offs_l)
-        else:
-            weight = tl.exp2(tl.load(cum_ptr + slot + offs_l))
-        term = tl.dot(r, state, input_precision=PRECISION) * weight[:, None]
-        sum += term
-        at = sums_ptr + v * slots + chunk * L + offs_l
-        if SOURCE:
-            at += 5 * plane
-        else:
-            at += 4 * plane
-        tl.store(at, tl.sum(term * col.to(tl.float32), 1))
-        if SOURCE:
-            # trace(dh h^T)
-            product = tl.dot(state, tl.trans(opposites.load([v * P, 0])), input_precision=PRECISION)
-            W = tl.sum(tl.where(offs_p[:, None] == offs_p[None, :], product, 0.0))
-            tl.store(W_ptr + v.to(tl.int64) * nchunks + chunk, W)
-    out.store([0, 0], sum.to(out_ptr.dtype.element_ty))
+        rows, cols, others, out, states, opposite = dy, problem.C, problem.B, made.dC, made.h, made.dh
+    others = cols if others is None else others
+    problem.run(
+        outside_kernel, (wave, source, rows.stride(), dy is None, out.stride()),
+        lambda: dict(
+            grid=(wave.heads // wave.per_program, chunks.count), **_of_wave(problem, wave), **strides("", rows),
+            **strides("col", cols, "group"), **strides("other", others, "group"), out_part_stride=out.stride(0),
+            **strides("out", out[0], "group"), SOURCE=source, HAS_Q=dy is not None, FLAT=_flat(config, rows),
+            # a wave that is part of a group adds to those before it
+            ADD=wave.first % (problem.nheads // problem.ngroups) > 0, **_options(config.outside),
+        ),
+        rows_ptr=rows, cum_ptr=steps.cum, weight_ptr=steps.weight, cols_ptr=cols, others_ptr=others,
+        states_ptr=states, opposite_ptr=opposite, Q_ptr=made.Q, out_ptr=out, sums_ptr=made.sums, W_ptr=made.W,
+        chunks_ptr=chunks.chunks,
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["nchunks", "nheads", "headdim"])
-def skip_kernel(
-    x_ptr, dy_ptr, shares_ptr, chunks_ptr, nchunks, x_row_stride, x_token_stride, x_head_stride,
-    dy_row_stride, dy_token_stride, dy_head_stride, nheads, headdim,
-    L: tl.constexpr, P: tl.constexpr, PT: tl.constexpr,
-):  # fmt: skip
-    """A chunk's share of the gradient of a D with channels, sum of dy x over tokens: (nchunks, nheads, PT * P)."""
-    chunk = tl.program_id(0)
-    v = tl.program_id(1)
-    head = v // PT
-    row, start, length = place(chunks_ptr, nchunks, chunk)
-    xs = head_tokens(x_ptr, row, start, length, x_row_stride, x_token_stride, head, x_head_stride, headdim, L, P)
-    dys = head_tokens(dy_ptr, row, start, length, dy_row_stride, dy_token_stride, head, dy_head_stride, headdim, L, P)
-    column = v % PT * P
-    product = xs.load([0, column]).to(tl.float32) * dys.load([0, column]).to(tl.float32)
-    tl.store(shares_ptr + (chunk.to(tl.int64) * nheads * PT + v) * P + tl.arange(0, P), tl.sum(product, 0))
+def _dx(problem: Problem, steps: Steps, dy: Tensor | None, D: Tensor | None, made: _Room, wave: Wave) -> None:
+    config, x, B, C, dx = problem.config, problem.x, problem.B, problem.C, made.dx
+    chunks = problem.table.by_chunk[config.chunk]
+    some, C = x if dy is None else dy, B if C is None else C
+    problem.run(
+        dx_kernel, (wave, None if dy is None else dy.stride(), None if D is None else D.stride(), dx.stride()),
+        lambda: dict(
+            grid=(wave.heads // wave.per_program, chunks.count * (config.chunk // config.block)),
+            **_of_wave(problem, wave), **strides("dy", some), **strides("B", B, "group"), **strides("C", C, "group"),
+            **strides("dx", dx), **skip_strides(D), K=config.block, HAS_DY=dy is not None,
+            HAS_D=D is not None and dy is not None, FLAT=_flat(config, some, dx), **_options(config.dx),
+        ),
+        dy_ptr=some, cum_ptr=steps.cum, log_dt_ptr=steps.log_dt, weight_ptr=steps.weight, B_ptr=B, C_ptr=C,
+        D_ptr=steps.cum if D is None else D, dh_ptr=made.dh, dx_ptr=dx, chunks_ptr=chunks.chunks,
+    )  # fmt: skip
+
+
+def _discretize_backward(problem: Problem, steps: Steps, d_decay: Tensor | None, made: _Room, wave: Wave) -> None:
+    """ddt and the shares of dA, ddt_bias and dD."""
+    config, dt, bias, ddt = problem.config, problem.dt, problem.dt_bias, made.ddt
+    chunks = problem.table.by_chunk[config.chunk]
+    problem.run(
+        discretize_backward_kernel, (wave, d_decay is None),
+        lambda: dict(
+            grid=(chunks.count, triton.cdiv(wave.heads, HEADS_PER_STEP_PROGRAM)), nchunks=chunks.count,
+            **strides("", dt), d_row_stride=ddt.stride(0), d_token_stride=ddt.stride(1), first_head=wave.first,
+            wheads=wave.heads, nheads=problem.nheads, ngroups=problem.ngroups, low=float(problem.dt_limit[0]),
+            high=float(problem.dt_limit[1]), L=config.chunk, K=config.block, H=HEADS_PER_STEP_PROGRAM,
+            PT=config.P_tiles, HAS_BIAS=bias is not None, SOFTPLUS=problem.dt_softplus,
+            HAS_D_DECAY=d_decay is not None, num_warps=8,
+        ),
+        dt_ptr=dt, dt_bias_ptr=problem.A if bias is None else bias, A_ptr=problem.A, cum_ptr=steps.cum,
+        steepest_ptr=steps.steepest, sums_ptr=made.sums, W_ptr=made.W, S_ptr=made.S, ddt_ptr=ddt,
+        shares_ptr=made.shares, d_decay_ptr=made.W if d_decay is None else d_decay, chunks_ptr=chunks.chunks,
+    )  # fmt: skip

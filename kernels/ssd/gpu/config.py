@@ -48,11 +48,8 @@ class Config:
         return self.P * self.P_tiles, self.N
 
 
-def choose(headdim: int, d_state: int, dtype: torch.dtype, capability: int) -> Config:
-    """The configuration for a shape, a dtype and a GPU's compute capability (90 for an H100).
-
-    Raises ValueError for shapes and dtypes that no configuration fits.
-    """
+def check(headdim: int, d_state: int, dtype: torch.dtype, capability: int) -> None:
+    """Raises ValueError for shapes, dtypes and GPUs that no configuration fits."""
     if headdim > MAX_HEADDIM or d_state > MAX_D_STATE:
         raise ValueError(
             f"headdim ({headdim}) must be at most {MAX_HEADDIM} and d_state ({d_state}) at most {MAX_D_STATE} "
@@ -62,6 +59,11 @@ def choose(headdim: int, d_state: int, dtype: torch.dtype, capability: int) -> C
         raise ValueError(f"x must be bfloat16, float16 or float32 for backend 'triton', got {dtype}; use 'torch'")
     if capability < 80:
         raise ValueError(f"backend 'triton' needs compute capability 8.0 or later, got {capability / 10}; use 'torch'")
+
+
+def choose(headdim: int, d_state: int, dtype: torch.dtype, capability: int) -> Config:
+    """The configuration for a shape, a dtype and a GPU's compute capability (90 for an H100), if one fits."""
+    check(headdim, d_state, dtype, capability)
     channels, N = _tile(headdim), _tile(d_state)
     large = capability in (90, 100, 103)  # 227 KiB of shared memory
     if dtype == torch.float32:

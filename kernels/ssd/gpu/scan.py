@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import head_tokens, place, prefetch, state_pointers
+from .tiles import head_tokens, place, prefetch, skip_weights, state_pointers
 
 
 @triton.jit(do_not_specialize=["nspans", "nchunks", "nheads", "ngroups", "headdim", "d_state"])
@@ -13,7 +13,7 @@ def scan_kernel(
     y_ptr, ungated_ptr, spans_ptr, nspans, nchunks,
     x_row_stride, x_token_stride, x_head_stride, z_row_stride, z_token_stride, z_head_stride,
     B_row_stride, B_token_stride, B_group_stride, C_row_stride, C_token_stride, C_group_stride,
-    y_row_stride, y_token_stride, y_head_stride, nheads, ngroups, headdim, d_state,
+    y_row_stride, y_token_stride, y_head_stride, D_head_stride, D_channel_stride, nheads, ngroups, headdim, d_state,
     L: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, KEEP_UNGATED: tl.constexpr, PREFETCH: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -53,7 +53,7 @@ def scan_kernel(
     if enter >= 0:
         state = tl.load(state_pointers(enter_ptr, enter.to(tl.int64) * nheads + head, p_tile, 0, P, N, PT, 1))
     if HAS_D:
-        D = tl.load(D_ptr + v * P + tl.arange(0, P))
+        D = skip_weights(D_ptr, head, p_tile, D_head_stride, D_channel_stride, headdim, P)
     for chunk in tl.range(0, count):
         t = chunk * L
         C = Cs.load([t, 0])

@@ -13,8 +13,8 @@ from .tiles import place
 # the smallest step: its logarithm and its quotients are finite, and its effect is below every rounding
 TINY = tl.constexpr(1e-30)
 LOG2E = tl.constexpr(1.4426950408889634)
-# a token's log2 decay below which its gradient is small beside the pairs of tokens on either side of it
-STEEP = tl.constexpr(-4.0)
+# a token's log2 decay below which the pairs around it are few beside those on either side
+STEEP = tl.constexpr(-6.0)
 
 
 @triton.jit
@@ -82,12 +82,13 @@ def discretize_kernel(
     tl.store(cum_ptr + out, cum, mask=mask)
     tl.store(log_dt_ptr + out, tl.log2(dt), mask=mask)
     tl.store(weight_ptr + out, dt * tl.exp2(end[None, :] - cum), mask=mask)
-    tl.store(steepest_ptr + offs_h * nchunks + chunk, tl.min(log_decay, 0), mask=offs_h < nheads)
+    tl.store(steepest_ptr + offs_h.to(tl.int64) * nchunks + chunk, tl.min(log_decay, 0), mask=offs_h < nheads)
 
 
 @triton.jit(do_not_specialize=["nchunks", "first_head", "wheads", "nheads", "ngroups", "low", "high"])
 def discretize_backward_kernel(
-    dt_ptr, dt_bias_ptr, A_ptr, cum_ptr, steepest_ptr, sums_ptr, W_ptr, S_ptr, ddt_ptr, shares_ptr, d_decay_ptr, chunks_ptr, nchunks,
+    dt_ptr, dt_bias_ptr, A_ptr, cum_ptr, steepest_ptr, sums_ptr, W_ptr, S_ptr, ddt_ptr, shares_ptr, d_decay_ptr,
+    chunks_ptr, nchunks,
     row_stride, token_stride, head_stride, d_row_stride, d_token_stride, first_head, wheads, nheads, ngroups, low, high,
     L: tl.constexpr, K: tl.constexpr, H: tl.constexpr, PT: tl.constexpr, HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_D_DECAY: tl.constexpr,
@@ -136,7 +137,7 @@ def discretize_backward_kernel(
         earlier += tl.load(at + 5 * plane - 1, mask=inside & (offs_l[:, None] > 0), other=0.0)
         through += tl.load(W_ptr + v.to(tl.int64) * nchunks + chunk, mask=known, other=0.0)
     cum_end = tl.load(cum_ptr + offs_h.to(tl.int64) * slots + chunk * L + L - 1, mask=known, other=0.0)
-    steepest = tl.load(steepest_ptr + offs_h * nchunks + chunk, mask=known, other=0.0)
+    steepest = tl.load(steepest_ptr + offs_h.to(tl.int64) * nchunks + chunk, mask=known, other=0.0)
     steep = (steepest < STEEP)[None, :]
     d_log_decay = tl.cumsum(before + tl.where(steep, 0.0, around - left), 0, reverse=True)
     d_log_decay += tl.where(steep, around, 0.0) + tl.cumsum(earlier, 0)

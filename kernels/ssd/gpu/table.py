@@ -4,16 +4,16 @@ A document is one span, or several consecutive ones where there are too few docu
 """
 
 import math
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...common.transfer import to_device
+from ...common.transfer import Kept, to_device
 
 ALIGNMENT = 128  # spans of one document are cut at multiples of this, a multiple of every chunk size
+UNIT = 4  # numbers that each part of a table is padded to, 16 bytes
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Table:
     """Spans and which state enters and leaves each; -1 where none does. Indices of states are rows of the tensors
     that callers hold, int32 on the device."""
 
+    memory: Tensor  # of all the others
     nspans: int
     ndocuments: int
     cut: bool  # whether any document is several spans
@@ -47,11 +48,11 @@ class Table:
     follows: Tensor  # (nspans,) itself where another span of its document comes before
     wanted: Tensor  # (nspans,) itself where the document's final state is wanted
     first_initial: Tensor  # (nspans,) row of the initial states at a document's first span
-    empty: tuple[Tensor, Tensor] | None  # rows of the initial and of the final states of documents without tokens
+    empty: Tensor  # (n,) rows of the final states of documents without tokens
+    through: Tensor  # (2, m) of those into which a state may come: its row, and that of the final state
 
 
-_kept: OrderedDict[tuple, Table] = OrderedDict()
-_CAPACITY = 64
+_kept = Kept(capacity=64)
 
 
 def lay_out(
@@ -64,18 +65,14 @@ def lay_out(
     states belong to, None: row d to document d. slots: how many programs the device holds at once.
     """
     key = (
-        _content(offsets), _content(enters), _content(leaves), seqlen, programs_per_span, chunk_sizes, device, slots
+        content(offsets), content(enters), content(leaves), seqlen, programs_per_span, chunk_sizes, device, slots
     )  # fmt: skip
-    if key in _kept:
-        _kept.move_to_end(key)
-    else:
-        _kept[key] = _build(offsets, enters, leaves, seqlen, programs_per_span, chunk_sizes, device, slots)
-        if len(_kept) > _CAPACITY:
-            _kept.popitem(last=False)
-    return _kept[key]
+    return _kept.get(
+        key, lambda: _build(offsets, enters, leaves, seqlen, programs_per_span, chunk_sizes, device, slots)
+    )
 
 
-def _content(tensor: Tensor | None) -> bytes | None:
+def content(tensor: Tensor | None) -> bytes | None:
     return None if tensor is None else tensor.numpy().tobytes()
 
 
@@ -95,31 +92,49 @@ def _build(offsets, enters, leaves, seqlen, programs_per_span, chunk_sizes, devi
     length = np.minimum(size[document], lengths[document] - begin)
     token = offsets[:-1][document] + begin
     row, start = (token // seqlen, token % seqlen) if seqlen else (token, token)
-    move = lambda array: to_device(np.ascontiguousarray(array, dtype=np.int32), device)  # noqa: E731
     itself = np.arange(len(document))
-    empty = np.flatnonzero((lengths == 0) & (final >= 0))
+    empty = (lengths == 0) & (final >= 0)
+    through = empty & (initial >= 0)
+    arrays = {
+        "documents": np.stack([first, pieces]),
+        "document_initial": initial,
+        "document_final": final,
+        "span_initial": initial[document],
+        "span_final": final[document],
+        "last_final": np.where(place + 1 == pieces[document], final[document], -1),
+        "no_span": np.full(len(document), -1),
+        "no_document": np.full(ndocuments, -1),
+        "span_itself": itself,
+        "precedes": np.where(place + 1 < pieces[document], itself, -1),
+        "follows": np.where(place > 0, itself, -1),
+        "wanted": np.where(final[document] >= 0, itself, -1),
+        "first_initial": np.where(place == 0, initial[document], -1),
+        "empty": final[empty],
+        "through": np.stack([initial[through], final[through]]),
+    }
+    for size in chunk_sizes:
+        arrays |= _chunks(row, start, length, final[document], size)
+    memory, parts = _move(arrays, device)
+    chunks = {size: (parts.pop(f"chunks {size}"), parts.pop(f"spans {size}")) for size in chunk_sizes}
     return Table(
+        memory=memory,
         nspans=len(document),
         ndocuments=ndocuments,
         cut=bool((pieces > 1).any()),
-        by_chunk={size: _chunks(row, start, length, final[document], size, move) for size in chunk_sizes},
-        documents=move(np.stack([first, pieces])),
-        document_initial=move(initial),
-        document_final=move(final),
-        span_initial=move(initial[document]),
-        span_final=move(final[document]),
-        last_final=move(np.where(place + 1 == pieces[document], final[document], -1)),
-        no_span=move(np.full(len(document), -1)),
-        no_document=move(np.full(ndocuments, -1)),
-        span_itself=move(itself),
-        precedes=move(np.where(place + 1 < pieces[document], itself, -1)),
-        follows=move(np.where(place > 0, itself, -1)),
-        wanted=move(np.where(final[document] >= 0, itself, -1)),
-        first_initial=move(np.where(place == 0, initial[document], -1)),
-        empty=(to_device(initial[empty].astype(np.int64), device), to_device(final[empty].astype(np.int64), device))
-        if len(empty)
-        else None,
+        by_chunk={size: Chunks(both[0].shape[1], *both) for size, both in chunks.items()},
+        **parts,
     )
+
+
+def _move(arrays: dict[str, np.ndarray], device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    """Arrays in one int32 tensor on the device, and each as a part of it."""
+    sizes = [-(-array.size // UNIT) * UNIT for array in arrays.values()]
+    flat = np.zeros(sum(sizes), np.int32)
+    for array, end, size in zip(arrays.values(), np.cumsum(sizes), sizes, strict=True):
+        flat[end - size : end - size + array.size] = array.reshape(-1)
+    memory = to_device(flat, device)
+    parts = zip(arrays.items(), memory.split(sizes), strict=True)
+    return memory, {name: part[: array.size].view(array.shape) for (name, array), part in parts}
 
 
 def _rows(documents: Tensor | None, ndocuments: int) -> np.ndarray:
@@ -131,16 +146,14 @@ def _rows(documents: Tensor | None, ndocuments: int) -> np.ndarray:
     return rows
 
 
-def _chunks(row, start, length, final, size, move) -> Chunks:
+def _chunks(row, start, length, final, size) -> dict[str, np.ndarray]:
+    """The chunks of all spans, and where those of each span are."""
     per_span = -(-length // size)
     span = np.repeat(np.arange(len(length)), per_span)
     first = np.cumsum(per_span) - per_span
     begin = (np.arange(len(span)) - first[span]) * size
-    return Chunks(
-        count=len(span),
-        chunks=move(np.stack([row[span], start[span] + begin, np.minimum(length[span] - begin, size), final[span]])),
-        spans=move(np.stack([row, start, length, first, per_span])),
-    )
+    chunks = [row[span], start[span] + begin, np.minimum(length[span] - begin, size), final[span]]
+    return {f"chunks {size}": np.stack(chunks), f"spans {size}": np.stack([row, start, length, first, per_span])}
 
 
 def _span_length(lengths: np.ndarray, programs_per_span: int, slots: int) -> int:

@@ -73,6 +73,15 @@ def state_pointers(ptr, index, p_tile, n_tile, P: tl.constexpr, N: tl.constexpr,
 
 
 @triton.jit
+def skip_weights(ptr, head, p_tile, head_stride, channel_stride, headdim, P: tl.constexpr):
+    """D of a head's channels, float32; its channels are 0 apart where they share one."""
+    channel = p_tile * P + tl.arange(0, P)
+    ptr += head * head_stride
+    D = tl.load(ptr + channel * channel_stride, mask=channel < headdim, other=0.0)
+    return D.to(tl.float32)
+
+
+@triton.jit
 def prefetch(pointers):
     """Ask for the cache lines behind `pointers`, so that a later copy finds them in L2."""
     tl.inline_asm_elementwise(

@@ -1,0 +1,323 @@
+"""Gradients of a chunk, given the state that enters it and the gradient of the state that leaves it.
+
+Programs own a chunk and loop over the heads of a group, so that B and C are read once, and what a group's heads share,
+the gradients of B and C, is summed in registers in a fixed order: no atomics, the same bits every time.
+
+With G_ij = C_i^T B_j, E_ij = dt_j 2^(cum_i - cum_j) for j <= i, and dS_ij = dy_i . x_j,
+    d(x_j) = sum_i G_ij E_ij dy_i + weight_j dh B_j + D dy_j
+    d(B_j) = sum_i Q_ij C_i + sum_heads weight_j dh^T x_j         Q_ij = sum_heads dS_ij E_ij
+    d(C_i) = sum_j Q_ij B_j + sum_heads 2^(cum_i) h^T dy_i
+and the decays' gradients need T_ij = dS_ij E_ij G_ij for j < i: its sum over the pairs around each token, and over the
+targets of each source.
+"""
+
+import triton
+import triton.language as tl
+
+from .steps import STEEP
+from .tiles import head_tokens, load_tokens, place, skip_weights, span_tokens, store_tokens
+
+SIZES = ["nchunks", "first_head", "wheads", "heads_per_program", "nheads", "ngroups", "headdim", "d_state"]
+
+
+@triton.jit
+def _weights(cum_j, log_dt, cum_i, offs, DIAGONAL: tl.constexpr):
+    """E for source tokens j, in rows, and target tokens i, in columns; DIAGONAL: they are the same tokens, otherwise
+    all targets come after all sources and E is a product of two factors that are at most dt and 1."""
+    if DIAGONAL:
+        exponent = cum_i[None, :] - cum_j[:, None] + log_dt[:, None]
+        return tl.exp2(tl.where(offs[None, :] >= offs[:, None], exponent, -float("inf")))
+    else:
+        between = tl.min(cum_j, 0)  # at the last source, as sums of log decays never rise
+        return tl.exp2(between - cum_j + log_dt)[:, None] * tl.exp2(cum_i - between)[None, :]
+
+
+@triton.jit
+def _from_each(T, triangle, PRECISION: tl.constexpr):
+    """T's sums over targets from each token on, sources in rows; triangle: ones at and below its diagonal, in bfloat16
+    (T is then split in two, so that nothing is lost that matters) or float32."""
+    if triangle.dtype == tl.float32:
+        return tl.dot(T, triangle, input_precision=PRECISION)
+    else:
+        high = T.to(tl.bfloat16)
+        low = (T - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(low, triangle, tl.dot(high, triangle))
+
+
+@triton.jit
+def _pairs_of_heads(
+    xs, dys, Bs, Cs, cum_ptr, log_dt_ptr, steepest_ptr, Q_ptr, S_ptr, sums_ptr, chunk, nchunks, part, head0, group,
+    slots, plane, heads_per_program, headdim,
+    J, I, L: tl.constexpr, K: tl.constexpr, P: tl.constexpr, PT: tl.constexpr,
+    DIAGONAL: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sources J to J + K, targets I to I + K."""
+    G = tl.dot(Bs.load([J, 0]), tl.trans(Cs.load([I, 0])), input_precision=PRECISION)
+    offs = tl.arange(0, K)
+    if DIAGONAL:
+        own = tl.sum(tl.where(offs[None, :] == offs[:, None], G, 0.0), 1)
+        # every part of a group writes the same
+        tl.store(S_ptr + group.to(tl.int64) * slots + chunk * L + J + offs, own)
+        exact = tl.float32 if Q_ptr.dtype.element_ty == tl.float32 else tl.bfloat16
+        triangle = tl.where(offs[:, None] >= offs[None, :], 1.0, 0.0).to(exact)
+    Q = tl.zeros([K, K], tl.float32)
+    for i in tl.range(0, heads_per_program * PT, num_stages=STAGES):
+        head = head0 + i // PT
+        p_tile = i % PT
+        v = part * heads_per_program * PT + i
+        x = load_tokens(xs, J, head, p_tile * P, headdim, K, P, FLAT)
+        dy = load_tokens(dys, I, head, p_tile * P, headdim, K, P, FLAT)
+        slot = head * slots + chunk * L
+        cum_j = tl.load(cum_ptr + slot + J + offs)
+        log_dt = tl.load(log_dt_ptr + slot + J + offs)
+        cum_i = tl.load(cum_ptr + slot + I + offs)
+        dS = tl.dot(x, tl.trans(dy), input_precision=PRECISION)
+        q = dS * _weights(cum_j, log_dt, cum_i, offs, DIAGONAL)
+        Q += q
+        T = q * G
+        out = sums_ptr + v * slots + chunk * L + offs
+        if DIAGONAL:
+            same = offs[None, :] == offs[:, None]
+            own = tl.sum(tl.where(same, dS, 0.0), 1)
+            T = tl.where(same, 0.0, T)
+            tl.store(out + J, tl.sum(T, 0))
+            tl.store(out + plane + J, tl.sum(T, 1))
+            tl.store(out + 3 * plane + J, own)
+            if tl.load(steepest_ptr + head.to(tl.int64) * nchunks + chunk) < STEEP:
+                around = tl.where(offs[:, None] < offs[None, :], _from_each(T, triangle, PRECISION), 0.0)
+                tl.store(out + J, tl.sum(around, 0))
+        else:
+            tl.store(out + 2 * plane + I, tl.sum(T, 0))
+            tl.store(out + 2 * plane + J, tl.sum(T, 1))
+    # sources in rows; where targets come before sources it stays zero
+    at = Q_ptr + (J + offs)[:, None] * L + I + offs[None, :]
+    tl.store(at, Q.to(Q_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def pairs_kernel(
+    x_ptr, dy_ptr, cum_ptr, log_dt_ptr, steepest_ptr, B_ptr, C_ptr, Q_ptr, S_ptr, sums_ptr, chunks_ptr, nchunks,
+    x_row_stride, x_token_stride, x_head_stride, dy_row_stride, dy_token_stride, dy_head_stride,
+    B_row_stride, B_token_stride, B_group_stride, C_row_stride, C_token_stride, C_group_stride,
+    first_head, wheads, heads_per_program, nheads, ngroups, headdim, d_state,
+    L: tl.constexpr, K: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr,
+    FLAT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Q and the sums of T of a block of K by K pairs of a chunk of L = K or 2 K tokens: on its diagonal, or beside it,
+    from sources in its first half to targets in its second.
+
+    sums: six planes of (wheads * PT, nchunks * L). From the diagonal: T over sources, at the target, or in a STEEP
+    chunk over the block's pairs around a token; T over targets, at the source. Third, from beside it, T over sources at
+    the targets and over targets at the sources. Fourth dS_jj. The last two are `outside_kernel`'s. S: G_jj.
+    """
+    BLOCKS: tl.constexpr = 2 * (L // K) - 1
+    part = tl.program_id(0)
+    chunk = tl.program_id(1) // BLOCKS
+    block = tl.program_id(1) % BLOCKS
+    head0 = first_head + part * heads_per_program
+    group = head0 // (nheads // ngroups)
+    row, start, length = place(chunks_ptr, nchunks, chunk)
+    xs = span_tokens(
+        x_ptr, row, start, length, x_row_stride, x_token_stride, nheads, x_head_stride, headdim, K, P, FLAT
+    )
+    dys = span_tokens(
+        dy_ptr, row, start, length, dy_row_stride, dy_token_stride, nheads, dy_head_stride, headdim, K, P, FLAT
+    )
+    Bs = head_tokens(B_ptr, row, start, length, B_row_stride, B_token_stride, group, B_group_stride, d_state, K, N)
+    Cs = head_tokens(C_ptr, row, start, length, C_row_stride, C_token_stride, group, C_group_stride, d_state, K, N)
+    slots = nchunks.to(tl.int64) * L
+    plane = wheads * PT * slots
+    Q_ptr += (part.to(tl.int64) * nchunks + chunk) * L * L
+    # the blocks of a chunk are neighbours in the launch: they read the same tokens at the same time
+    if block < L // K:
+        _pairs_of_heads(
+            xs, dys, Bs, Cs, cum_ptr, log_dt_ptr, steepest_ptr, Q_ptr, S_ptr, sums_ptr, chunk, nchunks, part, head0,
+            group, slots, plane, heads_per_program, headdim, block * K, block * K, L, K, P, PT, True, FLAT, PRECISION,
+            STAGES,
+        )  # fmt: skip
+    elif L > K:
+        _pairs_of_heads(
+            xs, dys, Bs, Cs, cum_ptr, log_dt_ptr, steepest_ptr, Q_ptr, S_ptr, sums_ptr, chunk, nchunks, part, head0,
+            group, slots, plane, heads_per_program, headdim, 0, K, L, K, P, PT, False, FLAT, PRECISION, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _dx_of_heads(
+    dys, Bs, Cs, dhs, dxs, cum_ptr, log_dt_ptr, weight_ptr, D_ptr, D_head_stride, D_channel_stride, chunk, part, head0,
+    slots, heads_per_program, headdim,
+    J: tl.constexpr, L: tl.constexpr, K: tl.constexpr, P: tl.constexpr, PT: tl.constexpr,
+    HAS_DY: tl.constexpr, HAS_D: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sources J to J + K."""
+    SECOND: tl.constexpr = J + K < L
+    B = Bs.load([J, 0])
+    dtype = B.dtype
+    offs = tl.arange(0, K)
+    if HAS_DY:
+        G = tl.dot(B, tl.trans(Cs.load([J, 0])), input_precision=PRECISION)
+        if SECOND:
+            G2 = tl.dot(B, tl.trans(Cs.load([J + K, 0])), input_precision=PRECISION)
+    for i in tl.range(0, heads_per_program * PT, num_stages=STAGES):
+        head = head0 + i // PT
+        p_tile = i % PT
+        v = part * heads_per_program * PT + i
+        slot = head * slots + chunk * L + J
+        dh = dhs.load([v * P, 0])
+        weight = tl.load(weight_ptr + slot + offs)
+        dx = tl.dot(B, tl.trans(dh), input_precision=PRECISION) * weight[:, None]
+        if HAS_DY:
+            dy = load_tokens(dys, J, head, p_tile * P, headdim, K, P, FLAT)
+            cum = tl.load(cum_ptr + slot + offs)
+            log_dt = tl.load(log_dt_ptr + slot + offs)
+            dx = tl.dot((G * _weights(cum, log_dt, cum, offs, True)).to(dtype), dy, dx, input_precision=PRECISION)
+            if SECOND:
+                dy2 = load_tokens(dys, J + K, head, p_tile * P, headdim, K, P, FLAT)
+                cum2 = tl.load(cum_ptr + slot + K + offs)
+                dx = tl.dot(
+                    (G2 * _weights(cum, log_dt, cum2, offs, False)).to(dtype), dy2, dx, input_precision=PRECISION
+                )
+            if HAS_D:
+                D = skip_weights(D_ptr, head, p_tile, D_head_stride, D_channel_stride, headdim, P)
+                dx += dy.to(tl.float32) * D[None, :]
+        store_tokens(dxs, J, head, p_tile * P, headdim, dx.to(dtype), K, P, FLAT)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def dx_kernel(
+    dy_ptr, cum_ptr, log_dt_ptr, weight_ptr, B_ptr, C_ptr, D_ptr, dh_ptr, dx_ptr, chunks_ptr, nchunks,
+    dy_row_stride, dy_token_stride, dy_head_stride, B_row_stride, B_token_stride, B_group_stride,
+    C_row_stride, C_token_stride, C_group_stride, dx_row_stride, dx_token_stride, dx_head_stride,
+    D_head_stride, D_channel_stride, first_head, wheads, heads_per_program, nheads, ngroups, headdim, d_state,
+    L: tl.constexpr, K: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr,
+    HAS_DY: tl.constexpr, HAS_D: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dx of a chunk of L tokens, or of one of its halves of K = L / 2."""
+    part = tl.program_id(0)
+    chunk = tl.program_id(1) // (L // K)
+    half = tl.program_id(1) % (L // K)
+    head0 = first_head + part * heads_per_program
+    group = head0 // (nheads // ngroups)
+    row, start, length = place(chunks_ptr, nchunks, chunk)
+    dxs = span_tokens(
+        dx_ptr, row, start, length, dx_row_stride, dx_token_stride, nheads, dx_head_stride, headdim, K, P, FLAT
+    )
+    dys = span_tokens(
+        dy_ptr, row, start, length, dy_row_stride, dy_token_stride, nheads, dy_head_stride, headdim, K, P, FLAT
+    )
+    dhs = tl.make_tensor_descriptor(
+        dh_ptr + chunk.to(tl.int64) * (wheads * PT * P * N), [wheads * PT * P, N], [N, 1], [P, N]
+    )
+    Bs = head_tokens(B_ptr, row, start, length, B_row_stride, B_token_stride, group, B_group_stride, d_state, K, N)
+    Cs = head_tokens(C_ptr, row, start, length, C_row_stride, C_token_stride, group, C_group_stride, d_state, K, N)
+    slots = nchunks.to(tl.int64) * L
+    # the halves of a chunk are neighbours in the launch: they read the same dh and dy at the same time
+    if half == 0:
+        _dx_of_heads(
+            dys, Bs, Cs, dhs, dxs, cum_ptr, log_dt_ptr, weight_ptr, D_ptr, D_head_stride, D_channel_stride, chunk, part,
+            head0, slots, heads_per_program, headdim, 0, L, K, P, PT, HAS_DY, HAS_D, FLAT, PRECISION, STAGES,
+        )  # fmt: skip
+    elif L > K:
+        _dx_of_heads(
+            dys, Bs, Cs, dhs, dxs, cum_ptr, log_dt_ptr, weight_ptr, D_ptr, D_head_stride, D_channel_stride, chunk, part,
+            head0, slots, heads_per_program, headdim, K, L, K, P, PT, HAS_DY, HAS_D, FLAT, PRECISION, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def outside_kernel(
+    rows_ptr, cum_ptr, weight_ptr, cols_ptr, others_ptr, states_ptr, opposite_ptr, Q_ptr, out_ptr, sums_ptr, W_ptr,
+    chunks_ptr, nchunks, row_stride, token_stride, head_stride, col_row_stride, col_token_stride, col_group_stride,
+    other_row_stride, other_token_stride, other_group_stride, out_part_stride, out_row_stride, out_token_stride,
+    out_group_stride,
+    first_head, wheads, heads_per_program, nheads, ngroups, headdim, d_state,
+    L: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr,
+    SOURCE: tl.constexpr, HAS_Q: tl.constexpr, ADD: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """The gradient of C from rows dy and states h; of B, if SOURCE, from rows x, states dh and, for the decays, h.
+
+    It begins with the pairs inside the chunk, Q, already summed over heads; ADD continues an earlier launch's sum.
+    sums: the chunk's pairs with targets after it (SOURCE) or with sources before it; W: those around it.
+    """
+    part = tl.program_id(0)
+    chunk = tl.program_id(1)
+    head0 = first_head + part * heads_per_program
+    group = head0 // (nheads // ngroups)
+    row, start, length = place(chunks_ptr, nchunks, chunk)
+    rows = span_tokens(rows_ptr, row, start, length, row_stride, token_stride, nheads, head_stride, headdim, L, P, FLAT)
+    cols = head_tokens(
+        cols_ptr, row, start, length, col_row_stride, col_token_stride, group, col_group_stride, d_state, L, N
+    )
+    # programs of one group that run at once write to different shares
+    share = (head0 % tl.minimum(wheads, nheads // ngroups)) // heads_per_program
+    out_ptr += share.to(tl.int64) * out_part_stride
+    out = head_tokens(
+        out_ptr, row, start, length, out_row_stride, out_token_stride, group, out_group_stride, d_state, L, N
+    )
+    offset = chunk.to(tl.int64) * (wheads * PT * P * N)
+    states = tl.make_tensor_descriptor(states_ptr + offset, [wheads * PT * P, N], [N, 1], [P, N])
+    if SOURCE:
+        opposites = tl.make_tensor_descriptor(opposite_ptr + offset, [wheads * PT * P, N], [N, 1], [P, N])
+    offs_l = tl.arange(0, L)
+    offs_p = tl.arange(0, P)
+    if ADD:
+        sum = out.load([0, 0]).to(tl.float32)
+    else:
+        sum = tl.zeros([L, N], tl.float32)
+    if HAS_Q:
+        others = head_tokens(
+            others_ptr, row, start, length, other_row_stride, other_token_stride, group, other_group_stride, d_state,
+            L, N,
+        )  # fmt: skip
+        Qs = tl.make_tensor_descriptor(Q_ptr + (part.to(tl.int64) * nchunks + chunk) * L * L, [L, L], [L, 1], [L, L])
+        Q = Qs.load([0, 0])
+        if not SOURCE:
+            Q = tl.trans(Q)
+        sum = tl.dot(Q, others.load([0, 0]), sum, input_precision=PRECISION)
+    col = cols.load([0, 0])
+    slots = nchunks.to(tl.int64) * L
+    plane = wheads * PT * slots
+    for i in tl.range(0, heads_per_program * PT, num_stages=STAGES):
+        head = head0 + i // PT
+        p_tile = i % PT
+        v = part * heads_per_program * PT + i
+        r = load_tokens(rows, 0, head, p_tile * P, headdim, L, P, FLAT)
+        state = states.load([v * P, 0])
+        slot = head * slots + chunk * L
+        if SOURCE:
+            weight = tl.load(weight_ptr + slot + offs_l)
+        else:
+            weight = tl.exp2(tl.load(cum_ptr + slot + offs_l))
+        term = tl.dot(r, state, input_precision=PRECISION) * weight[:, None]
+        sum += term
+        at = sums_ptr + v * slots + chunk * L + offs_l
+        if SOURCE:
+            at += 5 * plane
+        else:
+            at += 4 * plane
+        tl.store(at, tl.sum(term * col.to(tl.float32), 1))
+        if SOURCE:
+            # trace(dh h^T)
+            product = tl.dot(state, tl.trans(opposites.load([v * P, 0])), input_precision=PRECISION)
+            W = tl.sum(tl.where(offs_p[:, None] == offs_p[None, :], product, 0.0))
+            tl.store(W_ptr + v.to(tl.int64) * nchunks + chunk, W)
+    out.store([0, 0], sum.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["nchunks", "nheads", "headdim"])
+def skip_kernel(
+    x_ptr, dy_ptr, shares_ptr, chunks_ptr, nchunks, x_row_stride, x_token_stride, x_head_stride,
+    dy_row_stride, dy_token_stride, dy_head_stride, nheads, headdim,
+    L: tl.constexpr, P: tl.constexpr, PT: tl.constexpr,
+):  # fmt: skip
+    """A chunk's share of the gradient of a D with channels, sum of dy x over tokens: (nchunks, nheads, PT * P)."""
+    chunk = tl.program_id(0)
+    v = tl.program_id(1)
+    head = v // PT
+    row, start, length = place(chunks_ptr, nchunks, chunk)
+    xs = head_tokens(x_ptr, row, start, length, x_row_stride, x_token_stride, head, x_head_stride, headdim, L, P)
+    dys = head_tokens(dy_ptr, row, start, length, dy_row_stride, dy_token_stride, head, dy_head_stride, headdim, L, P)
+    column = v % PT * P
+    product = xs.load([0, column]).to(tl.float32) * dys.load([0, column]).to(tl.float32)
+    tl.store(shares_ptr + (chunk.to(tl.int64) * nheads * PT + v) * P + tl.arange(0, P), tl.sum(product, 0))

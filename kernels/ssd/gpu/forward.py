@@ -1,0 +1,200 @@
+"""The kernels in order, forward: outputs and final states, what documents leave, and the sweep that is its adjoint."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .config import Launch
+from .launcher import INTERPRETED
+from .problem import Problem, aligned, empty_aligned, new_states, pad_states, strides, unpad_states
+from .scan import scan_kernel
+from .steps import discretize_kernel
+from .sweep import pass_kernel, sweep_kernel
+
+HEADS_PER_STEP_PROGRAM = 16
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Discretized steps for one chunk size; see `steps.py`."""
+
+    cum: Tensor
+    log_dt: Tensor
+    weight: Tensor
+    steepest: Tensor
+
+
+def compiler_options(launch: Launch) -> dict[str, Any]:
+    registers = None if INTERPRETED else launch.registers
+    return {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": registers}
+
+
+def discretize(problem: Problem, size: int) -> Steps:
+    chunks, nheads = problem.table.by_chunk[size], problem.nheads
+    slots = nheads * chunks.count * size
+    made = problem.x.new_empty(3 * slots + nheads * chunks.count, dtype=torch.float32)
+    cum, log_dt, weight, steepest = made.split((slots, slots, slots, nheads * chunks.count))
+    dt, bias = problem.dt, problem.dt_bias
+    problem.run(
+        discretize_kernel, (size,),
+        lambda: dict(
+            grid=(chunks.count, triton.cdiv(nheads, HEADS_PER_STEP_PROGRAM)), nchunks=chunks.count,
+            **strides("", dt), nheads=nheads, low=float(problem.dt_limit[0]), high=float(problem.dt_limit[1]),
+            L=size, H=HEADS_PER_STEP_PROGRAM, HAS_BIAS=bias is not None, SOFTPLUS=problem.dt_softplus, num_warps=4,
+        ),
+        dt_ptr=dt, dt_bias_ptr=problem.A if bias is None else bias, A_ptr=problem.A, cum_ptr=cum, log_dt_ptr=log_dt,
+        weight_ptr=weight, steepest_ptr=steepest, chunks_ptr=chunks.chunks,
+    )  # fmt: skip
+    return Steps(cum, log_dt, weight, steepest)
+
+
+def sweep(
+    problem: Problem, steps: Steps, size: int, *, rows: Tensor | None, cols: Tensor | None, reverse: bool,
+    enter: Tensor | None, enter_index: Tensor, leave: Tensor, leave_index: Tensor, states: Tensor | None = None,
+    first_head: int = 0, wheads: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Runs `sweep_kernel`; returns the total log2 decay of every span, (nspans, nheads)."""
+    config, chunks, nspans = problem.config, problem.table.by_chunk[size], problem.table.nspans
+    heads = problem.nheads if wheads is None else wheads
+    N_tiles = config.N // config.sweep_N
+    decay = problem.x.new_empty(nspans, problem.nheads, dtype=torch.float32)
+    some = problem.x  # stands for a pointer that is not read
+    problem.run(
+        sweep_kernel,
+        (size, reverse, None if rows is None else rows.stride(), states is None, first_head, heads),
+        lambda: dict(
+            grid=(nspans * heads * config.P_tiles * N_tiles,), nspans=nspans, nchunks=chunks.count,
+            **strides("", rows), **strides("col", cols), first_head=first_head, wheads=heads, **problem.sizes,
+            L=size, P=config.P, N=config.sweep_N, PT=config.P_tiles, NT=N_tiles, REVERSE=reverse,
+            HAS_ROWS=rows is not None, STORE=states is not None, ONLY_LEAVING=states is None,
+            PREFETCH=not INTERPRETED, PRECISION=problem.plan.precision, **compiler_options(config.sweep),
+        ),
+        rows_ptr=some if rows is None else rows, cols_ptr=some if cols is None else cols,
+        cum_ptr=steps.cum, weight_ptr=steps.weight, enter_ptr=leave if enter is None else enter,
+        enter_index_ptr=enter_index, leave_ptr=leave, leave_index_ptr=leave_index, decay_ptr=decay,
+        states_ptr=some if states is None else states, spans_ptr=chunks.spans,
+    )  # fmt: skip
+    return decay
+
+
+def _pass(
+    problem: Problem, left: Tensor, decay: Tensor, initial: Tensor | None, initial_index: Tensor, *,
+    final: tuple[Tensor, Tensor] | None = None, final_index: Tensor | None = None, reverse: bool = False,
+) -> Tensor:  # fmt: skip
+    """Runs `pass_kernel`: fills `final`, states and total log decays, or returns the state entering every span."""
+    table = problem.table
+    entering = torch.empty_like(left) if final is None else left
+    size = left.shape[-1] * left.shape[-2]
+    block = min(size, 1024)
+    problem.run(
+        pass_kernel, (reverse, final is None),
+        lambda: dict(
+            grid=(table.ndocuments * problem.nheads, size // block), ndocuments=table.ndocuments,
+            nheads=problem.nheads, SIZE=size, BLOCK=block, REVERSE=reverse, STORE=final is None, num_warps=4,
+        ),
+        left_ptr=left, decay_ptr=decay, initial_ptr=left if initial is None else initial,
+        initial_index_ptr=initial_index, entering_ptr=entering, final_ptr=left if final is None else final[0],
+        final_decay_ptr=decay if final is None else final[1],
+        final_index_ptr=table.no_document if final_index is None else final_index, documents_ptr=table.documents,
+    )  # fmt: skip
+    return entering
+
+
+def what_enters(
+    problem: Problem, steps: Steps, size: int, initial: Tensor | None, reverse: bool, rows: Tensor | None,
+    cols: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """What enters every span of cut documents: states, or in reverse the gradients of those that leave."""
+    table = problem.table
+    left = new_states(problem, table.nspans)
+    decay = sweep(
+        problem, steps, size, rows=rows, cols=cols, reverse=reverse, enter=None,
+        enter_index=table.no_span, leave=left, leave_index=table.follows if reverse else table.precedes,
+    )  # fmt: skip
+    documents = table.document_final if reverse else table.document_initial
+    return _pass(
+        problem, left, decay, initial, documents if initial is not None else table.no_document, reverse=reverse
+    )
+
+
+def leaving(problem: Problem, count: int) -> tuple[Tensor, Tensor]:
+    """What each of `count` documents leaves when nothing enters, and the logarithm of its total decay,
+    (count, nheads)."""
+    table, size = problem.table, problem.config.chunk
+    left = new_states(problem, table.nspans)
+    decay = sweep(
+        problem, discretize(problem, size), size, rows=problem.x, cols=problem.B, reverse=False,
+        enter=None, enter_index=table.no_span, leave=left, leave_index=table.wanted,
+    )  # fmt: skip
+    final = new_states(problem, count), problem.x.new_empty(count, problem.nheads, dtype=torch.float32)
+    _pass(problem, left, decay, None, table.no_document, final=final, final_index=table.document_final)
+    return unpad_states(problem, final[0]), final[1]
+
+
+def entering_gradient(problem: Problem, count: int) -> Tensor:
+    """The gradient of each of `count` rows of initial states when nothing follows; dy stands in the place of x."""
+    table, size = problem.table, problem.config.chunk
+    steps = discretize(problem, size)
+    d_initial = new_states(problem, count).zero_()
+    gradient = None if not table.cut else what_enters(problem, steps, size, None, True, problem.x, problem.C)
+    sweep(
+        problem, steps, size, rows=problem.x, cols=problem.C, reverse=True, enter=gradient,
+        enter_index=table.span_itself if table.cut else table.no_span, leave=d_initial,
+        leave_index=table.first_initial,
+    )  # fmt: skip
+    return unpad_states(problem, d_initial)
+
+
+def forward(
+    problem: Problem, D: Tensor | None, z: Tensor | None, initial: Tensor | None, count: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """y, final states and, to `keep` for the backward pass, y before the gate and what enters the spans of cut
+    documents."""
+    config, table = problem.config, problem.table
+    x, B, C = problem.x, problem.B, problem.C
+    assert C is not None
+    initial = pad_states(initial, config)
+    final = _final_states(problem, initial, count)
+    entering, index = initial, table.span_initial if initial is not None else table.no_span
+    steps = discretize(problem, config.scan_chunk)
+    if table.cut:
+        entering, index = what_enters(problem, steps, config.scan_chunk, initial, False, x, B), table.span_itself
+    chunks = table.by_chunk[config.scan_chunk]
+    y = empty_aligned(x)
+    ungated = torch.empty_like(y) if keep and z is not None else None
+    z = None if z is None else aligned(z.to(x.dtype))
+    problem.run(
+        scan_kernel, (None if z is None else z.stride(), None if D is None else D.stride(), ungated is None),
+        lambda: dict(
+            grid=(table.nspans * problem.nheads * config.P_tiles,), nspans=table.nspans, nchunks=chunks.count,
+            **strides("x", x), **strides("z", z), **strides("B", B, "group"), **strides("C", C, "group"),
+            **strides("y", y), **skip_strides(D), **problem.sizes,
+            L=config.scan_chunk, P=config.P, N=config.N, PT=config.P_tiles, HAS_D=D is not None, HAS_Z=z is not None,
+            KEEP_UNGATED=ungated is not None, PREFETCH=not INTERPRETED,
+            PRECISION=problem.plan.precision, **compiler_options(config.scan),
+        ),
+        x_ptr=x, z_ptr=x if z is None else z, cum_ptr=steps.cum, log_dt_ptr=steps.log_dt, weight_ptr=steps.weight,
+        B_ptr=B, C_ptr=C, D_ptr=steps.cum if D is None else D,
+        enter_ptr=final if entering is None else entering, enter_index_ptr=index,
+        leave_ptr=final, leave_index_ptr=table.last_final, y_ptr=y, ungated_ptr=y if ungated is None else ungated,
+        spans_ptr=chunks.spans,
+    )  # fmt: skip
+    return y, unpad_states(problem, final), ungated, entering if keep and table.cut else None
+
+
+def skip_strides(D: Tensor | None) -> dict[str, int]:
+    head, channel = (*(() if D is None else D.stride()), 0, 0)[:2]
+    return {"D_head_stride": head, "D_channel_stride": channel}
+
+
+def _final_states(problem: Problem, initial: Tensor | None, count: int) -> Tensor:
+    """Room for `count` final states; a document without tokens leaves the state that enters it."""
+    final, table = new_states(problem, count), problem.table
+    if len(table.empty):
+        final[table.empty] = 0.0
+        if initial is not None:
+            final[table.through[1]] = initial[table.through[0]]
+    return final

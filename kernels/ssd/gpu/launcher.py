@@ -1,0 +1,103 @@
+"""Launching a kernel at little cost to the host: what calls of one kind have in common is worked out once."""
+
+import contextvars
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .scan import scan_kernel
+
+# under the interpreter there is no device to ask: what it runs as
+INTERPRETED = not isinstance(scan_kernel, triton.runtime.JITFunction)
+INTERPRETED_AS = (90, 1)
+
+
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """Compute capability, as 90 for 9.0, and number of multiprocessors."""
+    return INTERPRETED_AS if INTERPRETED else _properties(device)
+
+
+def _properties(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+class Launcher:
+    """A kernel with its grid, its numbers and constants, and options of the compiler: all but its tensors."""
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any):
+        self.kernel, self.grid, self.device = kernel, (*grid, 1, 1)[:3], device
+        self.arguments = {name: value for name, value in arguments.items() if value is not None}
+        self.pointers = [(place, name) for place, name in enumerate(kernel.arg_names) if name.endswith("_ptr")]
+        self.values = [self.arguments.get(name) for name in kernel.arg_names]
+        self.kind = (id(kernel), device, *(_kind(name, value) for name, value in self.arguments.items()))
+        self.ready: dict[tuple, Callable] = {}
+
+    def __call__(self, **tensors: Tensor) -> None:
+        if 0 in self.grid:
+            return
+        if INTERPRETED:
+            self.kernel[self.grid](**tensors, **self.arguments)
+        elif self.device.index == torch.cuda.current_device():
+            self._launch(tensors)
+        else:
+            with torch.cuda.device(self.device):
+                self._launch(tensors)
+
+    def _launch(self, tensors: dict[str, Tensor]) -> None:
+        # all that the compiler may know of tensors
+        kind = tuple([(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors.values()])
+        run = self.ready.get(kind)
+        if run is None:
+            self.ready[kind] = self._compile_and_run(tensors, (self.kind, *tensors, *kind))
+            return
+        values = self.values.copy()
+        for place, name in self.pointers:
+            values[place] = tensors[name]
+        run(*values)
+
+    def _compile_and_run(self, tensors: dict[str, Tensor], kind: tuple) -> Callable:
+        if kind in _compiled:
+            compiled = _compiled[kind]
+            run = self._runner(compiled)
+            run(*(tensors.get(name, self.arguments.get(name)) for name in self.kernel.arg_names))
+            return run
+        launch = functools.partial(self.kernel[self.grid], **tensors, **self.arguments)
+        compiled = _compiled[kind] = _with_allocator(self.device, launch)
+        return self._runner(compiled)
+
+    def _runner(self, compiled: Any) -> Callable:
+        run = compiled[self.grid]
+        if compiled.metadata.global_scratch_size:
+            return functools.partial(_with_allocator, self.device, run)
+        return run
+
+
+# kernels by what they were compiled for: the compiler's own look-up takes the host longer than a launch
+_compiled: dict[tuple, Any] = {}
+
+
+def _kind(name: str, value: Any) -> Any:
+    """All that the compiler may know of a number or constant; of a number at run time, a little more than it does."""
+    if type(value) is int and value > 16 and not name.isupper() and name != "maxnreg":
+        return name, value % 16 == 0, value < 1 << 31
+    return name, value
+
+
+def _with_allocator(device: torch.device, run: Callable, *values: Any) -> Any:
+    """Runs where descriptors made on the device find memory, without a trace on the caller's own allocator."""
+    return contextvars.copy_context().run(_allocate_and_run, device, run, values)
+
+
+def _allocate_and_run(device: torch.device, run: Callable, values: tuple) -> Any:
+    triton.set_allocator(_allocator(device))
+    return run(*values)
+
+
+@functools.cache
+def _allocator(device: torch.device) -> Callable[[int, int, int | None], Tensor]:
+    return lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
