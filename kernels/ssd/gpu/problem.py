@@ -96,7 +96,8 @@ def make_problem(
         dt_bias is None, dt_softplus, dt_limit, content(offsets), content(enters), content(leaves), precision,
     )  # fmt: skip
     plan = _plans.get(key, lambda: _make_plan(x, B, offsets, enters, leaves, precision))
-    return Problem(x, dt, A, B, C, dt_bias, dt_softplus, dt_limit, plan)
+    dt_bias = None if dt_bias is None else dt_bias.contiguous()
+    return Problem(x, dt, A.contiguous(), B, C, dt_bias, dt_softplus, dt_limit, plan)
 
 
 def _make_plan(x, B, offsets, enters, leaves, precision) -> Plan:
