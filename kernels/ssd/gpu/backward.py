@@ -218,7 +218,7 @@ def _room(problem: Problem, has_dy: bool, wheads: int, heads_per_program: int) -
         shares=new(nchunks, 3, problem.nheads),
         h=h,
         dh=x.new_empty(states),
-        Q=x.new_zeros(wheads // heads_per_program if has_dy else 0, nchunks, config.chunk, config.chunk),
+        Q=x.new_empty(wheads // heads_per_program if has_dy else 0, nchunks, config.chunk, config.chunk),
         S=new(problem.ngroups, slots) if has_dy else torch.zeros(problem.ngroups, slots, device=x.device),
         # without dy no pairs are written
         sums=(torch.empty if has_dy else torch.zeros)(6, wheads * config.P_tiles, slots, device=x.device),
@@ -249,6 +249,7 @@ def _flat(config: Config, *tensors: Tensor) -> bool:
 def _pairs(problem: Problem, steps: Steps, dy: Tensor, made: _Room, wave: Wave) -> None:
     """Q and the decays' share of the pairs inside chunks."""
     config, x, B, C = problem.config, problem.x, problem.B, problem.C
+    assert C is not None
     chunks = problem.table.by_chunk[config.chunk]
     problem.run(
         pairs_kernel, (wave, dy.stride()),
@@ -265,10 +266,9 @@ def _pairs(problem: Problem, steps: Steps, dy: Tensor, made: _Room, wave: Wave) 
 def _outside(problem: Problem, steps: Steps, dy: Tensor | None, made: _Room, wave: Wave, source: bool) -> None:
     """dB (source) or dC: the pairs inside chunks and the states around them."""
     config, chunks = problem.config, problem.table.by_chunk[problem.config.chunk]
-    if source:
-        rows, cols, others, out, states, opposite = problem.x, problem.B, problem.C, made.dB, made.dh, made.h
-    else:
-        rows, cols, others, out, states, opposite = dy, problem.C, problem.B, made.dC, made.h, made.dh
+    x, B, C = problem.x, problem.B, problem.C
+    tensors: tuple = (x, B, C, made.dB, made.dh, made.h) if source else (dy, C, B, made.dC, made.h, made.dh)
+    rows, cols, others, out, states, opposite = tensors
     others = cols if others is None else others
     problem.run(
         outside_kernel, (wave, source, rows.stride(), dy is None, out.stride()),
@@ -286,9 +286,11 @@ def _outside(problem: Problem, steps: Steps, dy: Tensor | None, made: _Room, wav
 
 
 def _dx(problem: Problem, steps: Steps, dy: Tensor | None, D: Tensor | None, made: _Room, wave: Wave) -> None:
-    config, x, B, C, dx = problem.config, problem.x, problem.B, problem.C, made.dx
+    config, B, dx = problem.config, problem.B, made.dx
     chunks = problem.table.by_chunk[config.chunk]
-    some, C = x if dy is None else dy, B if C is None else C
+    # where there is no dy, nor C, these stand for pointers that are not read
+    some = problem.x if dy is None else dy
+    C = B if problem.C is None else problem.C
     problem.run(
         dx_kernel, (wave, None if dy is None else dy.stride(), None if D is None else D.stride(), dx.stride()),
         lambda: dict(

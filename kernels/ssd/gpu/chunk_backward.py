@@ -89,9 +89,13 @@ def _pairs_of_heads(
         else:
             tl.store(out + 2 * plane + I, tl.sum(T, 0))
             tl.store(out + 2 * plane + J, tl.sum(T, 1))
-    # sources in rows; where targets come before sources it stays zero
-    at = Q_ptr + (J + offs)[:, None] * L + I + offs[None, :]
-    tl.store(at, Q.to(Q_ptr.dtype.element_ty))
+    # sources in rows
+    at = (J + offs)[:, None] * L + I + offs[None, :]
+    tl.store(Q_ptr + at, Q.to(Q_ptr.dtype.element_ty))
+    if not DIAGONAL:
+        # no target comes before its source
+        across = (I + offs)[:, None] * L + J + offs[None, :]
+        tl.store(Q_ptr + across, tl.zeros([K, K], Q_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=SIZES)
