@@ -48,6 +48,8 @@ class Documents:
         if any(b < a for a, b in itertools.pairwise(offsets)):
             raise ValueError(f"cu_seqlens must not descend, got {list(offsets[:8])}{'...' if len(offsets) > 8 else ''}")
         self.offsets = offsets
+        with torch.inference_mode(False):  # or training could not use it
+            self.on_host = torch.tensor(offsets, dtype=torch.int64, device="cpu")
         # the first and the last document of each row, where rows hold several
         self.row_edges: tuple[list[int], list[int]] | None = None
         self._kept = Kept()
@@ -74,7 +76,7 @@ class Documents:
         if seqlen == 0:
             return cls.rows(batch, 0)
         index = seq_idx.cpu()
-        starts = torch.ones(batch, seqlen, dtype=torch.bool)
+        starts = torch.ones(batch, seqlen, dtype=torch.bool, device="cpu")
         starts[:, 1:] = index[:, 1:] != index[:, :-1]
         documents = cls([*starts.flatten().nonzero().flatten().tolist(), batch * seqlen])
         last = (starts.sum(1).cumsum(0) - 1).tolist()
@@ -91,11 +93,6 @@ class Documents:
     @cached_property
     def lengths(self) -> np.ndarray:
         return np.diff(np.asarray(self.offsets, dtype=np.int64))
-
-    @cached_property
-    def on_host(self) -> Tensor:
-        """(documents + 1,) the offsets."""
-        return torch.tensor(self.offsets, dtype=torch.int64)
 
     @cached_property
     def starts(self) -> np.ndarray:

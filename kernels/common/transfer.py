@@ -16,7 +16,7 @@ def to_device(values: np.ndarray | Tensor | list, device: torch.device) -> Tenso
 
     Raises RuntimeError while a CUDA graph is captured: every replay would copy from memory that is no longer there.
     """
-    tensor = torch.as_tensor(values)
+    tensor = torch.as_tensor(values, device="cpu")
     if device.type != "cuda":
         return tensor.to(device)
     if torch.cuda.is_current_stream_capturing():
@@ -42,7 +42,9 @@ class Kept:
         if key in self.values:
             self.values.move_to_end(key)
         else:
-            value = make()
+            # a value made in inference mode could not be used in training
+            with torch.inference_mode(False):
+                value = make()
             self.values[key] = value, _Shared(_tensors(value))
             if self.capacity is not None and len(self.values) > self.capacity:
                 self.values.popitem(last=False)

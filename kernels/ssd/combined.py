@@ -22,7 +22,7 @@ Numbers = Sequence[int] | np.ndarray
 class SSDSpan:
     """A span of tokens seen from its state: what it leaves when nothing enters, and its outputs once that is known.
 
-    Arguments as in `mamba_chunk_scan_combined`. `leaving` and `scan` share their work.
+    Arguments as in `mamba_chunk_scan_combined`. On PyTorch's backend `leaving` and `scan` share their work.
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class SSDSpan:
     def leaving(self, of: Numbers | None = None) -> tuple[Tensor, Tensor]:
         """Each document's final state if nothing enters, (documents, nheads, headdim, d_state), and the share of an
         entering state that it leaves, (documents, nheads); float32 or wider. Documents are those of `cu_seqlens`, or of
-        them those whose numbers are in `of`."""
+        them those whose numbers are in `of`, each at most once."""
+        _check_once("of", of)
         if self.triton:
             from .gpu import ops
 
@@ -95,9 +96,10 @@ class SSDSpan:
     ) -> tuple[Tensor, Tensor | None]:
         """Outputs and final states, given the states that enter; shapes as in `mamba_chunk_scan_combined`.
 
-        into: the numbers of the documents that the states enter, one for each; nothing enters the others. Without
+        into: the numbers of the documents that the states enter, each at most once; nothing enters the others. Without
         `final_states` they are not kept.
         """
+        _check_once("into", into)
         if initial_states is not None:
             axes = "(batch or documents, nheads, headdim, d_state)"
             count = self.nrows if into is None else len(into)
@@ -130,17 +132,23 @@ class SSDSpan:
         leaves = None if self.edges is None else _on_host(self.edges[1])
         if not final_states:
             leaves = _on_host([])
+        tensors = (x, dt, A, B, C, self.D, self.z, dt_bias, initial_states)
+        keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
         y, final, _, _ = ops.call(
-            ops.ssd_scan, x, dt, A, B, C, self.D, self.z, dt_bias, initial_states, self.offsets, enters, leaves,
-            self.nrows if final_states else 0, *self.steps, torch.is_grad_enabled(),
-            not torch.compiler.is_compiling(),
+            ops.ssd_scan, *tensors, self.offsets, enters, leaves,
+            self.nrows if final_states else 0, *self.steps, keep, not torch.compiler.is_compiling(),
         )  # fmt: skip
         return y, final if final_states else None
 
 
 def _on_host(numbers: Numbers) -> Tensor:
     """Numbers of documents as a tensor on the host."""
-    return torch.as_tensor(numbers, dtype=torch.int64)
+    return torch.as_tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def _check_once(name: str, numbers: Numbers | None) -> None:
+    if numbers is not None and len(set(numbers)) < len(numbers):
+        raise ValueError(f"{name} must name each document at most once, got {list(numbers)[:8]}")
 
 
 def _takes(backend: Backend, x: Tensor, B: Tensor) -> bool:
@@ -191,6 +199,7 @@ def mamba_chunk_scan_combined(
     B, C: (batch, seqlen, ngroups, d_state); ngroups divides nheads
     D: (nheads,) or (nheads, headdim)
     z: (batch, seqlen, nheads, headdim)
+    chunk_size: tokens of a chunk for PyTorch's backend; the Triton kernels choose theirs
     dt_bias: (nheads,)
     initial_states: (batch, nheads, headdim, d_state), the state before each row's first token, whatever its index in
         `seq_idx`; with `cu_seqlens` (documents, nheads, headdim, d_state); None: zeros

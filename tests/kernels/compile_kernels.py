@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import triton
-from mamba2_dist.kernels.ssd.gpu import chunk_backward, config, scan, steps, sweep
+from mamba2_dist.kernels.ssd.gpu import chunk_backward, config, gate, scan, steps, sweep
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -20,7 +20,7 @@ DTYPES = {"bfloat16": ("bf16", torch.bfloat16), "float16": ("fp16", torch.float1
 # pointers that hold the dtype of x; the others hold float32, and indices int32
 IN_X_DTYPE = {
     "x_ptr", "dy_ptr", "z_ptr", "rows_ptr", "cols_ptr", "others_ptr", "B_ptr", "C_ptr", "dh_ptr", "dx_ptr", "y_ptr",
-    "ungated_ptr", "states_ptr", "opposite_ptr", "Q_ptr", "dt_ptr", "ddt_ptr",
+    "ungated_ptr", "states_ptr", "opposite_ptr", "Q_ptr", "dt_ptr", "ddt_ptr", "d_ungated_ptr", "dz_ptr",
 }  # fmt: skip
 
 
@@ -60,6 +60,9 @@ def cases(choice, precision):
     yield "discretize_backward", steps.discretize_backward_kernel, more_warps, step | more
     size = choice.N * choice.P * choice.P_tiles
     yield "pass", sweep.pass_kernel, few, {"SIZE": size, "BLOCK": min(size, 1024), "REVERSE": False, "STORE": True}
+    yield "sum_chunks", steps.sum_chunks_kernel, few, {"ROWS": 128, "COLUMNS": 16}
+    yield "skip", chunk_backward.skip_kernel, few, {"L": choice.chunk, "P": choice.P, "PT": choice.P_tiles}
+    yield "gate_backward", gate.gate_backward_kernel, few, {"ELEMENTS": 1024}
 
 
 def compile_kernel(kernel, launch, constants, dtype, capability):

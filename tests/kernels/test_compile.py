@@ -31,6 +31,7 @@ def compiled(capability, dtype, headdim, d_state):
     ("capability", "dtype", "headdim", "d_state"),
     [
         (80, "bfloat16", 64, 128),
+        (86, "bfloat16", 64, 128),
         (90, "bfloat16", 128, 256),
         (90, "float16", 16, 16),
         (90, "float32", 64, 128),
@@ -40,7 +41,7 @@ def compiled(capability, dtype, headdim, d_state):
 def test_fits(capability, dtype, headdim, d_state):
     for name, needs in compiled(capability, dtype, headdim, d_state).items():
         assert needs["shared"] <= SHARED[capability], (name, needs)
-        assert needs["registers"] <= 255
+        assert needs["stack"] <= 1536, (name, needs)
 
 
 def test_hopper_is_used_well():

@@ -8,15 +8,16 @@ import types
 
 import pytest
 import torch
+from mamba2_dist.kernels.common.documents import Documents
 from mamba2_dist.kernels.ssd import SSDSpan, mamba_chunk_scan_combined, ssd_recurrence
 from torch.utils.checkpoint import checkpoint
 
 from ..tolerances import RELATIVE, assert_close, relative_error
 from .test_ssd import make_inputs
 
-backward, config, launcher, ops, problem = (
+backward, config, launcher, ops, problem, table = (
     pytest.importorskip(f"mamba2_dist.kernels.ssd.gpu.{name}")
-    for name in ("backward", "config", "launcher", "ops", "problem")
+    for name in ("backward", "config", "launcher", "ops", "problem", "table")
 )
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -51,7 +52,7 @@ interpreted = pytest.mark.skipif(not launcher.INTERPRETED, reason="needs Triton'
 SHAPES = [
     (1, 1, 16, 64, 128, 1), (3, 63, 5, 64, 128, 1), (1, 65, 8, 32, 16, 2), (2, 257, 8, 64, 64, 8),
     (1, 1000, 80, 64, 128, 8), (1, 4103, 8, 128, 128, 1), (1, 300, 4, 128, 256, 1), (2, 129, 4, 16, 16, 4),
-    (1, 200, 4, 24, 20, 2), (1, 8192, 2, 64, 128, 1),
+    (1, 200, 4, 24, 20, 2), (1, 8192, 2, 64, 128, 1), (1, 1, 4, 18, 20, 1),
 ]  # fmt: skip
 MEDIUM = (1, 300, 4, 64, 128, 2)
 PLACES = [
@@ -69,8 +70,9 @@ by_definition = functools.partial(ssd_recurrence, dt_softplus=True)
 
 @pytest.fixture(autouse=True)
 def forgetful():
-    """No test sees what another has worked out."""
+    """No test sees where another has cut its work."""
     problem._plans.values.clear()
+    table._kept.values.clear()
 
 
 @pytest.fixture
@@ -182,7 +184,7 @@ class TestInterpreted:
     @pytest.mark.parametrize("dt_softplus", [True, False])
     @pytest.mark.parametrize("absent", [(), ("D", "initial_states"), ("dt_bias", "z")])
     def test_arguments(self, absent, dt_softplus):
-        inputs = without(draw((1, 40, 2, 24, 20, 1), FP32, gate=True, D_has_hdim=dt_softplus), *absent)
+        inputs = without(draw((1, 40, 2, 18, 20, 1), FP32, gate=True, D_has_hdim=dt_softplus), *absent)
         check_scan(inputs, dt_softplus=dt_softplus, dt_limit=(0.004, 0.05))
 
     @pytest.mark.parametrize("loss", [("y",), ("final_states",)])
@@ -221,6 +223,10 @@ class TestInterpreted:
         dy = cotangent(inputs["x"].shape, torch.device("cpu")).float()
         actual = ops.ssd_state_gradient(dy, C, dt, A, dt_bias, offsets, None, 3, True, 0.0, math.inf)
         assert_close(actual, expected, RELATIVE[FP32])
+        with pytest.raises(NotImplementedError, match="none of its own"):
+            ops.call(
+                ops.ssd_state_gradient, dy.requires_grad_(), C, dt, A, dt_bias, offsets, None, 3, True, 0.0, math.inf
+            ).sum().backward()
 
     @pytest.mark.parametrize("ngroups", [1, 2])
     def test_tiles(self, ngroups, monkeypatch):
@@ -248,21 +254,62 @@ class TestInterpreted:
         check_scan(draw((1, 64, 4, 16, 64, ngroups), FP32))
         assert seen[0][0] < 4
 
+    def test_documents_named_twice(self):
+        span = SSDSpan(*list(draw((1, 9, 2, 16, 16, 1), FP32).values())[:5], 32, cu_seqlens=[0, 4, 9], backend="triton")
+        with pytest.raises(ValueError, match="at most once"):
+            span.leaving([1, 1])
+        with pytest.raises(ValueError, match="at most once"):
+            span.scan(torch.zeros(2, 2, 16, 16), into=[0, 0])
+
+    @pytest.mark.parametrize("function", [on_triton, on_torch])
+    def test_training_after_inference(self, function):
+        """What the first call keeps serves the second."""
+        inputs, documents = draw((1, 9, 2, 16, 16, 1), FP32, owners=2), Documents([0, 4, 9])
+        with torch.inference_mode():
+            function(**inputs, cu_seqlens=documents)
+        expected = outcome(by_definition, wide(inputs), cu_seqlens=documents.on_host)
+        check(outcome(function, inputs, cu_seqlens=documents), expected, INTERPRETED)
+
+    @pytest.mark.parametrize("function", [on_triton, on_torch])
+    @pytest.mark.parametrize("loss", [("y", "final_states"), ("final_states",)])
+    def test_other_defaults(self, function, loss):
+        inputs = draw((1, 9, 2, 16, 16, 1), FP32, owners=2)
+        documents = {"cu_seqlens": [0, 4, 9], "loss": loss}
+        expected = outcome(function, inputs, **documents)
+        default = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(BF16)
+            with torch.device("meta"):
+                check_identical(outcome(function, inputs, **documents), expected)
+        finally:
+            torch.set_default_dtype(default)
+
     @pytest.mark.parametrize(("headdim", "dtype"), [(256, FP32), (16, FP64)])
     def test_what_no_kernel_takes(self, headdim, dtype):
         with pytest.raises(ValueError, match="use 'torch'"):
             on_triton(**draw((1, 2, 1, headdim, 16, 1), dtype))
 
-    @pytest.mark.parametrize("name", ["ssd_scan", "ssd_state"])
+    @pytest.mark.parametrize(
+        "name", ["ssd_scan", "ssd_state", "ssd_state_gradient", "ssd_scan_backward", "ssd_state_backward"]
+    )
     def test_operators(self, name):
-        inputs = {key: t.requires_grad_() for key, t in draw((1, 5, 2, 16, 16, 1), FP32, gate=True).items()}
-        x, dt, A, B, C, D, z, dt_bias, states = inputs.values()
+        differentiable = not name.endswith("backward")
+        inputs = draw((1, 5, 2, 16, 16, 1), FP32, gate=True)
+        for key in ("C", "z"):  # by head
+            inputs[key] = inputs[key].transpose(1, 2).contiguous().transpose(1, 2)
+        x, dt, A, B, C, D, z, dt_bias, states = (t.requires_grad_(differentiable) for t in inputs.values())
         offsets, enters, steps = torch.tensor([0, 2, 5]), torch.tensor([1]), (True, 0.0, math.inf)
+        final, decay, empty = torch.randn(2, 2, 16, 16), torch.randn(2, 2), torch.empty(0)
         arguments = {
             "ssd_scan": (x, dt, A, B, C, D, z, dt_bias, states, offsets, enters, None, 2, *steps, True, True),
             "ssd_state": (x, dt, A, B, dt_bias, offsets, None, 2, *steps),
-        }[name]
-        tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+            "ssd_state_gradient": (x, C, dt, A, dt_bias, offsets, enters, 1, *steps),
+            "ssd_scan_backward": (
+                None, final, empty, empty, x, dt, A, B, C, D, z, dt_bias, states, offsets, enters, None, *steps
+            ),
+            "ssd_state_backward": (final, decay, x, dt, A, B, dt_bias, offsets, None, *steps),
+        }[name]  # fmt: skip
+        tests = ("test_schema", "test_faketensor", *["test_autograd_registration"] * differentiable)
         torch.library.opcheck(getattr(torch.ops.mamba2_dist, name), arguments, test_utils=tests)
 
 
@@ -354,6 +401,22 @@ class TestEverywhere:
         with torch.autocast(device, BF16, enabled=way == "autocast"):
             check_identical(outcome(function, inputs), expected)
 
+    def test_compiled_with_documents(self, device, shape, dtype):
+        inputs, documents = draw(shape, dtype, device=device, owners=3), Documents([0, 0, 70, shape[1]])
+        function = torch.compile(
+            lambda **kwargs: on_triton(**kwargs, cu_seqlens=documents),
+            fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager",
+        )  # fmt: skip
+        check_identical(outcome(function, inputs), outcome(on_triton, inputs, cu_seqlens=documents))
+
+    def test_nan_is_not_hidden(self, device, shape, dtype):
+        inputs = draw(shape, dtype, device=device)
+        inputs["dt"][0, 5, 1] = math.nan
+        actual = outcome(on_triton, inputs)
+        assert actual["y"][0, 5:, 1].isnan().all()
+        assert actual["ddt"][0, 5, 1].isnan()
+        assert not actual["y"][:, :, 0].isnan().any()
+
     def test_a_graph_kept_for_a_second_backward_pass(self, device, shape, dtype):
         inputs = {name: tensor.requires_grad_() for name, tensor in draw(shape, dtype, device=device).items()}
         loss = sum(result.float().square().sum() for result in on_triton(**inputs))
@@ -390,11 +453,16 @@ class TestOnGPU:
             with torch.cuda.stream(stream):
                 check_identical(outcome(on_triton, inputs), expected)
 
-    def test_captured(self):
-        inputs, graph = draw(MEDIUM, BF16, device="cuda"), torch.cuda.CUDAGraph()
-        expected = outcome(on_triton, inputs)
+    @pytest.mark.parametrize("offsets", [None, [0, 0, 70, 4103]])
+    def test_captured(self, offsets):
+        """Also with documents, one of them long enough to be cut."""
+        inputs, graph = (
+            draw((1, 4103, 4, 64, 128, 2), BF16, device="cuda", owners=3 if offsets else None),
+            torch.cuda.CUDAGraph(),
+        )
+        expected = outcome(on_triton, inputs, cu_seqlens=offsets)
         with torch.cuda.graph(graph):
-            captured = outcome(on_triton, inputs)
+            captured = outcome(on_triton, inputs, cu_seqlens=offsets)
         for tensor in captured.values():
             tensor.detach().zero_()
         graph.replay()
@@ -410,6 +478,17 @@ class TestOnGPU:
         actual, expected = outcome(on_triton, inputs), outcome(on_torch, wide(inputs))
         for name in ("y", "final_states", "dx", "dB", "dC", "ddt", "ddt_bias", "dD"):
             assert_close(actual[name], expected[name], 1.2 * relative_error(other[name], expected[name]) + 1e-4, name)
+
+    def test_many_documents(self):
+        inputs = draw((1, 30000, 1, 16, 16, 1), BF16, device="cuda", owners=30000)
+        check_scan(inputs, BOUNDS[BF16], on_torch, cu_seqlens=torch.arange(30001))
+
+    def test_another_device(self):
+        if torch.cuda.device_count() < 2:
+            pytest.skip("needs two GPUs")
+        inputs = draw(MEDIUM, BF16, device="cuda:1")
+        assert torch.cuda.current_device() == 0
+        check_scan(inputs, BOUNDS[BF16], on_torch)
 
     def test_offsets_beyond_31_bits(self):
         if torch.cuda.mem_get_info()[0] < 60 << 30:

@@ -202,13 +202,14 @@ def _room(problem: Problem, has_dy: bool, wheads: int, heads_per_program: int) -
     shares = min(wheads, heads_per_group) // heads_per_program
     whole = shares == 1 and wheads >= heads_per_group
     states = wheads * config.state_shape[0] * config.state_shape[1] * nchunks
-    if wheads == problem.nheads:
-        # every h is read before any dx is written: they share their memory
+    if wheads == problem.nheads and states <= 2 * aligned_size(x):
+        # every h is read before any dx is written: they share their memory, which dx then keeps
         h = x.new_empty(max(states, aligned_size(x)))
         dx = aligned_view(h, x)
     else:
         h, dx = x.new_empty(states), empty_aligned(x)
     new = lambda *shape: x.new_empty(*shape, dtype=torch.float32)  # noqa: E731
+    fill = new if has_dy else lambda *shape: x.new_zeros(*shape, dtype=torch.float32)
     grads = lambda: empty_aligned(B.expand(shares, *B.shape), x.dtype if whole else torch.float32)  # noqa: E731
     return _Room(
         dx=dx,
@@ -219,9 +220,9 @@ def _room(problem: Problem, has_dy: bool, wheads: int, heads_per_program: int) -
         h=h,
         dh=x.new_empty(states),
         Q=x.new_empty(wheads // heads_per_program if has_dy else 0, nchunks, config.chunk, config.chunk),
-        S=new(problem.ngroups, slots) if has_dy else torch.zeros(problem.ngroups, slots, device=x.device),
         # without dy no pairs are written
-        sums=(torch.empty if has_dy else torch.zeros)(6, wheads * config.P_tiles, slots, device=x.device),
+        S=fill(problem.ngroups, slots),
+        sums=fill(6, wheads * config.P_tiles, slots),
         W=new(wheads * config.P_tiles, nchunks),
         unread=new(1),
     )
@@ -241,6 +242,11 @@ def _of_wave(problem: Problem, wave: Wave) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _grid(problem: Problem, wave: Wave, blocks: int) -> tuple[int]:
+    """One axis, as the others end at 65535."""
+    return (wave.heads // wave.per_program * blocks * problem.table.by_chunk[problem.config.chunk].count,)
+
+
 def _flat(config: Config, *tensors: Tensor) -> bool:
     """Whether heads lie side by side and channel tiles divide them."""
     return all(tensor.stride(2) == tensor.shape[3] and tensor.shape[3] % config.P == 0 for tensor in tensors)
@@ -254,7 +260,7 @@ def _pairs(problem: Problem, steps: Steps, dy: Tensor, made: _Room, wave: Wave) 
     problem.run(
         pairs_kernel, (wave, dy.stride()),
         lambda: dict(
-            grid=(wave.heads // wave.per_program, chunks.count * (2 * (config.chunk // config.block) - 1)),
+            grid=_grid(problem, wave, 2 * (config.chunk // config.block) - 1),
             **_of_wave(problem, wave), **strides("x", x), **strides("dy", dy), **strides("B", B, "group"),
             **strides("C", C, "group"), K=config.block, FLAT=_flat(config, x, dy), **_options(config.pairs),
         ),
@@ -273,7 +279,7 @@ def _outside(problem: Problem, steps: Steps, dy: Tensor | None, made: _Room, wav
     problem.run(
         outside_kernel, (wave, source, rows.stride(), dy is None, out.stride()),
         lambda: dict(
-            grid=(wave.heads // wave.per_program, chunks.count), **_of_wave(problem, wave), **strides("", rows),
+            grid=_grid(problem, wave, 1), **_of_wave(problem, wave), **strides("", rows),
             **strides("col", cols, "group"), **strides("other", others, "group"), out_part_stride=out.stride(0),
             **strides("out", out[0], "group"), SOURCE=source, HAS_Q=dy is not None, FLAT=_flat(config, rows),
             # a wave that is part of a group adds to those before it
@@ -294,7 +300,7 @@ def _dx(problem: Problem, steps: Steps, dy: Tensor | None, D: Tensor | None, mad
     problem.run(
         dx_kernel, (wave, None if dy is None else dy.stride(), None if D is None else D.stride(), dx.stride()),
         lambda: dict(
-            grid=(wave.heads // wave.per_program, chunks.count * (config.chunk // config.block)),
+            grid=_grid(problem, wave, config.chunk // config.block),
             **_of_wave(problem, wave), **strides("dy", some), **strides("B", B, "group"), **strides("C", C, "group"),
             **strides("dx", dx), **skip_strides(D), K=config.block, HAS_DY=dy is not None,
             HAS_D=D is not None and dy is not None, FLAT=_flat(config, some, dx), **_options(config.dx),

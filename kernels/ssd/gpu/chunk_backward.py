@@ -21,6 +21,14 @@ SIZES = ["nchunks", "first_head", "wheads", "heads_per_program", "nheads", "ngro
 
 
 @triton.jit
+def _place_of_program(wheads, heads_per_program, BLOCKS: tl.constexpr):
+    """Which part of the heads, block of a chunk and chunk a program works on, the first running fastest."""
+    parts = wheads // heads_per_program
+    pid = tl.program_id(0)
+    return pid % parts, pid // parts % BLOCKS, pid // parts // BLOCKS
+
+
+@triton.jit
 def _weights(cum_j, log_dt, cum_i, offs, DIAGONAL: tl.constexpr):
     """E for source tokens j, in rows, and target tokens i, in columns; DIAGONAL: they are the same tokens, otherwise
     all targets come after all sources and E is a product of two factors that are at most dt and 1."""
@@ -80,12 +88,14 @@ def _pairs_of_heads(
             same = offs[None, :] == offs[:, None]
             own = tl.sum(tl.where(same, dS, 0.0), 1)
             T = tl.where(same, 0.0, T)
-            tl.store(out + J, tl.sum(T, 0))
+            at_target = tl.sum(T, 0)
             tl.store(out + plane + J, tl.sum(T, 1))
             tl.store(out + 3 * plane + J, own)
             if tl.load(steepest_ptr + head.to(tl.int64) * nchunks + chunk) < STEEP:
                 around = tl.where(offs[:, None] < offs[None, :], _from_each(T, triangle, PRECISION), 0.0)
                 tl.store(out + J, tl.sum(around, 0))
+            else:
+                tl.store(out + J, at_target)
         else:
             tl.store(out + 2 * plane + I, tl.sum(T, 0))
             tl.store(out + 2 * plane + J, tl.sum(T, 1))
@@ -115,9 +125,7 @@ def pairs_kernel(
     the targets and over targets at the sources. Fourth dS_jj. The last two are `outside_kernel`'s. S: G_jj.
     """
     BLOCKS: tl.constexpr = 2 * (L // K) - 1
-    part = tl.program_id(0)
-    chunk = tl.program_id(1) // BLOCKS
-    block = tl.program_id(1) % BLOCKS
+    part, block, chunk = _place_of_program(wheads, heads_per_program, BLOCKS)
     head0 = first_head + part * heads_per_program
     group = head0 // (nheads // ngroups)
     row, start, length = place(chunks_ptr, nchunks, chunk)
@@ -197,9 +205,7 @@ def dx_kernel(
     HAS_DY: tl.constexpr, HAS_D: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx of a chunk of L tokens, or of one of its halves of K = L / 2."""
-    part = tl.program_id(0)
-    chunk = tl.program_id(1) // (L // K)
-    half = tl.program_id(1) % (L // K)
+    part, half, chunk = _place_of_program(wheads, heads_per_program, L // K)
     head0 = first_head + part * heads_per_program
     group = head0 // (nheads // ngroups)
     row, start, length = place(chunks_ptr, nchunks, chunk)
@@ -244,8 +250,7 @@ def outside_kernel(
     It begins with the pairs inside the chunk, Q, already summed over heads; ADD continues an earlier launch's sum.
     sums: the chunk's pairs with targets after it (SOURCE) or with sources before it; W: those around it.
     """
-    part = tl.program_id(0)
-    chunk = tl.program_id(1)
+    part, _, chunk = _place_of_program(wheads, heads_per_program, 1)
     head0 = first_head + part * heads_per_program
     group = head0 // (nheads // ngroups)
     row, start, length = place(chunks_ptr, nchunks, chunk)

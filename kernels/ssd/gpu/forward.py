@@ -164,7 +164,7 @@ def forward(
         entering, index = what_enters(problem, steps, config.scan_chunk, initial, False, x, B), table.span_itself
     chunks = table.by_chunk[config.scan_chunk]
     y = empty_aligned(x)
-    ungated = torch.empty_like(y) if keep and z is not None else None
+    ungated = empty_aligned(x) if keep and z is not None else None
     z = None if z is None else aligned(z.to(x.dtype))
     problem.run(
         scan_kernel, (None if z is None else z.stride(), None if D is None else D.stride(), ungated is None),

@@ -15,7 +15,7 @@ def gate_backward_kernel(
     row = token // seqlen
     place = token % seqlen
     at = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
-    head = at // headdim
+    head = (at // headdim).to(tl.int64)
     channel = at % headdim
     mask = head < nheads
     y_at = row.to(tl.int64) * y_row_stride + place.to(tl.int64) * y_token_stride + head * y_head_stride + channel

@@ -53,22 +53,16 @@ class Launcher:
         kind = tuple([(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors.values()])
         run = self.ready.get(kind)
         if run is None:
-            self.ready[kind] = self._compile_and_run(tensors, (self.kind, *tensors, *kind))
-            return
+            key = (self.kind, *tensors, *kind)
+            if key not in _compiled:
+                compile_and_run = functools.partial(self.kernel[self.grid], **tensors, **self.arguments)
+                _compiled[key] = _with_allocator(self.device, compile_and_run)
+                return
+            run = self.ready[kind] = self._runner(_compiled[key])
         values = self.values.copy()
         for place, name in self.pointers:
             values[place] = tensors[name]
         run(*values)
-
-    def _compile_and_run(self, tensors: dict[str, Tensor], kind: tuple) -> Callable:
-        if kind in _compiled:
-            compiled = _compiled[kind]
-            run = self._runner(compiled)
-            run(*(tensors.get(name, self.arguments.get(name)) for name in self.kernel.arg_names))
-            return run
-        launch = functools.partial(self.kernel[self.grid], **tensors, **self.arguments)
-        compiled = _compiled[kind] = _with_allocator(self.device, launch)
-        return self._runner(compiled)
 
     def _runner(self, compiled: Any) -> Callable:
         run = compiled[self.grid]

@@ -138,9 +138,9 @@ def ssd_scan_backward(
         made.ddt,
         made.dA.to(A.dtype),
         made.dB.to(B.dtype).contiguous(),
-        torch.zeros_like(C) if made.dC is None else made.dC.to(C.dtype).contiguous(),
+        _contiguous(C).zero_() if made.dC is None else made.dC.to(C.dtype).contiguous(),
         none() if D is None else made.dD.to(D.dtype),
-        none() if z is None else torch.zeros_like(z) if dz is None else dz.contiguous(),
+        none() if z is None else _contiguous(z).zero_() if dz is None else dz.contiguous(),
         none() if dt_bias is None else made.ddt_bias.to(dt_bias.dtype),
         none() if made.d_initial is None else made.d_initial,
     )
@@ -252,3 +252,14 @@ def ssd_state_gradient(
 @_fake(ssd_state_gradient)
 def _(dy, C, dt, A, dt_bias, offsets, enters, initial_count, dt_softplus, dt_min, dt_max):
     return _states(dy, C, initial_count)
+
+
+@_gradients_of(ssd_state_gradient)
+class _StateGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        return _without_gradients(ssd_state_gradient, inputs)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("ssd_state_gradient is a gradient and has none of its own")

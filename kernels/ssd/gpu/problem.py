@@ -105,7 +105,7 @@ def _make_plan(x, B, offsets, enters, leaves, precision) -> Plan:
     config = choose(x.shape[3], B.shape[3], x.dtype, capability)
     chunk_sizes = tuple(sorted({config.scan_chunk, config.chunk}))
     if offsets is None:
-        offsets = torch.arange(x.shape[0] + 1) * x.shape[1]
+        offsets = torch.arange(x.shape[0] + 1, device="cpu") * x.shape[1]
     table = lay_out(
         offsets, enters, leaves, x.shape[1], x.shape[2] * config.P_tiles, chunk_sizes, x.device, 2 * processors
     )  # fmt: skip

@@ -64,7 +64,7 @@ def scan_kernel(
             prefetch(
                 x_ptr
                 + row.to(tl.int64) * x_row_stride
-                + head * x_head_stride
+                + head.to(tl.int64) * x_head_stride
                 + (start + ahead).to(tl.int64) * x_token_stride
             )
             lines = tl.minimum(t + L, (count - 1) * L) + tl.arange(0, 2) * (L // 2)

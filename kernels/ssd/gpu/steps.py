@@ -28,6 +28,13 @@ def _softplus(x):
 
 
 @triton.jit
+def _clamp(dt, low, high):
+    """dt in [low, high] and above 0; nan stays nan."""
+    dt = tl.minimum(tl.maximum(dt, low, propagate_nan=tl.PropagateNan.ALL), high, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(dt, TINY, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _raw(
     dt_ptr,
     dt_bias_ptr,
@@ -44,10 +51,8 @@ def _raw(
 ):
     base = dt_ptr + row.to(tl.int64) * row_stride + start.to(tl.int64) * token_stride
     mask = (offs_l[:, None] < length) & (offs_h[None, :] < nheads)
-    raw = tl.load(
-        base + offs_l[:, None].to(tl.int64) * token_stride + offs_h[None, :] * head_stride, mask=mask, other=0.0
-    )
-    raw = raw.to(tl.float32)
+    at = offs_l[:, None].to(tl.int64) * token_stride + offs_h[None, :].to(tl.int64) * head_stride
+    raw = tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         raw += tl.load(dt_bias_ptr + offs_h, mask=offs_h < nheads, other=0.0).to(tl.float32)[None, :]
     return raw
@@ -70,7 +75,7 @@ def discretize_kernel(
     )
     if SOFTPLUS:
         dt = _softplus(dt)
-    dt = tl.maximum(tl.minimum(tl.maximum(dt, low), high), TINY)
+    dt = _clamp(dt, low, high)
     inside = offs_l[:, None] < length
     dt = tl.where(inside, dt, TINY)
     A = tl.load(A_ptr + offs_h, mask=offs_h < nheads, other=0.0).to(tl.float32)
@@ -158,13 +163,13 @@ def discretize_backward_kernel(
     dt = raw
     if SOFTPLUS:
         dt = _softplus(raw)
-    passes = (dt >= low) & (dt <= high)
-    dt = tl.maximum(tl.minimum(tl.maximum(dt, low), high), TINY)
+    stopped = (dt < low) | (dt > high)
+    dt = _clamp(dt, low, high)
     A = tl.load(A_ptr + offs_h, mask=known, other=0.0).to(tl.float32)
     groups = offs_h // (nheads // ngroups)
     S = tl.load(S_ptr + groups[None, :].to(tl.int64) * slots + chunk * L + offs_l[:, None], mask=inside, other=0.0)
     ddt = A[None, :] * d_log_decay + (left + after) / dt + diagonal * S
-    ddt = tl.where(inside & passes, ddt, 0.0)
+    ddt = tl.where(inside & ~stopped, ddt, 0.0)
     if SOFTPLUS:
         ddt = ddt * tl.sigmoid(raw)
     out = (

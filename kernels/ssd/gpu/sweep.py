@@ -83,9 +83,8 @@ def sweep_kernel(
                 else:
                     later = tl.minimum(t + L, (count - 1) * L)
                 token = start + tl.minimum(later + offs_l, length - 1)
-                prefetch(
-                    rows_ptr + row.to(tl.int64) * row_stride + token.to(tl.int64) * token_stride + head * head_stride
-                )
+                base = rows_ptr + row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride
+                prefetch(base + token.to(tl.int64) * token_stride)
             r = (r.to(tl.float32) * weight[:, None]).to(r.dtype)
             state = tl.dot(tl.trans(r), k, state, input_precision=PRECISION)
         total += end
