@@ -264,8 +264,9 @@ class TestInterpreted:
     @pytest.mark.parametrize("function", [on_triton, on_torch])
     def test_training_after_inference(self, function):
         """What the first call keeps serves the second."""
-        inputs, documents = draw((1, 9, 2, 16, 16, 1), FP32, owners=2), Documents([0, 4, 9])
+        inputs = draw((1, 9, 2, 16, 16, 1), FP32, owners=2)
         with torch.inference_mode():
+            documents = Documents([0, 4, 9])
             function(**inputs, cu_seqlens=documents)
         expected = outcome(by_definition, wide(inputs), cu_seqlens=documents.on_host)
         check(outcome(function, inputs, cu_seqlens=documents), expected, INTERPRETED)

@@ -104,7 +104,7 @@ def discretize_backward_kernel(
     The gradient of token k's log decay is the sum over pairs of source j and target i with j < k <= i: both in a block
     of the chunk's diagonal, both in the chunk but in different halves, source before the chunk, target after it, both
     outside. The first is summed from the last token back, adding what begins at a token and taking away what ends
-    there; unless a token decays so steeply that little but rounding would be left. d_decay is the gradient of a
+    there; unless a token decays so steeply that little but rounding would be beginning. d_decay is the gradient of a
     document's total log decay.
     """
     chunk = tl.program_id(0)
@@ -116,8 +116,8 @@ def discretize_backward_kernel(
     inside = (offs_l[:, None] < length) & known[None, :]
     slots = nchunks.to(tl.int64) * L
     plane = wheads * PT * slots
-    around = tl.zeros([L, H], tl.float32)
-    left = tl.zeros([L, H], tl.float32)
+    ending = tl.zeros([L, H], tl.float32)
+    beginning = tl.zeros([L, H], tl.float32)
     beside = tl.zeros([L, H], tl.float32)
     diagonal = tl.zeros([L, H], tl.float32)
     before = tl.zeros([L, H], tl.float32)
@@ -130,8 +130,8 @@ def discretize_backward_kernel(
     for p in range(PT):
         v = offs_w * PT + p
         at = sums_ptr + v[None, :].to(tl.int64) * slots + chunk * L + offs_l[:, None]
-        around += tl.load(at, mask=inside, other=0.0)
-        left += tl.load(at + plane, mask=inside, other=0.0)
+        ending += tl.load(at, mask=inside, other=0.0)
+        beginning += tl.load(at + plane, mask=inside, other=0.0)
         if L > K:
             # sources in the first half, targets in the second
             beside += tl.load(at + 2 * plane, mask=inside, other=0.0)
@@ -144,10 +144,11 @@ def discretize_backward_kernel(
     cum_end = tl.load(cum_ptr + offs_h.to(tl.int64) * slots + chunk * L + L - 1, mask=known, other=0.0)
     steepest = tl.load(steepest_ptr + offs_h.to(tl.int64) * nchunks + chunk, mask=known, other=0.0)
     steep = (steepest < STEEP)[None, :]
-    d_log_decay = tl.cumsum(before + tl.where(steep, 0.0, around - left), 0, reverse=True)
-    d_log_decay += tl.where(steep, around, 0.0) + tl.cumsum(earlier, 0)
+    # in a steep chunk `ending` is already the sum over the pairs around each token
+    d_log_decay = tl.cumsum(before + tl.where(steep, 0.0, ending - beginning), 0, reverse=True)
+    d_log_decay += tl.where(steep, ending, 0.0) + tl.cumsum(earlier, 0)
     if L > K:
-        left += tl.where(second, 0.0, beside)
+        beginning += tl.where(second, 0.0, beside)
         from_here = tl.cumsum(tl.where(second, beside, 0.0), 0, reverse=True)
         d_log_decay += tl.where(second, from_here, tl.cumsum(earlier_beside, 0))
     whole = through * tl.exp2(cum_end)
@@ -168,7 +169,7 @@ def discretize_backward_kernel(
     A = tl.load(A_ptr + offs_h, mask=known, other=0.0).to(tl.float32)
     groups = offs_h // (nheads // ngroups)
     S = tl.load(S_ptr + groups[None, :].to(tl.int64) * slots + chunk * L + offs_l[:, None], mask=inside, other=0.0)
-    ddt = A[None, :] * d_log_decay + (left + after) / dt + diagonal * S
+    ddt = A[None, :] * d_log_decay + (beginning + after) / dt + diagonal * S
     ddt = tl.where(inside & ~stopped, ddt, 0.0)
     if SOFTPLUS:
         ddt = ddt * tl.sigmoid(raw)
