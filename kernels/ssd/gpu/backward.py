@@ -9,7 +9,16 @@ from torch import Tensor
 
 from .chunk_backward import dx_kernel, outside_kernel, pairs_kernel, skip_kernel
 from .config import Config, Launch
-from .forward import HEADS_PER_STEP_PROGRAM, Steps, compiler_options, discretize, skip_strides, sweep, what_enters
+from .forward import (
+    HEADS_PER_STEP_PROGRAM,
+    Steps,
+    compiler_options,
+    discretize,
+    skip_strides,
+    states_entering,
+    sweep,
+    what_enters,
+)
 from .gate import gate_backward_kernel
 from .launcher import device_limits
 from .problem import Problem, aligned, aligned_size, aligned_view, empty_aligned, pad_states, strides, unpad_states
@@ -55,7 +64,9 @@ def backward(
     state, state_index = initial, table.span_initial if initial is not None else none
     d_state, d_index = d_final, table.span_final if d_final is not None else none
     if table.cut:
-        state = what_enters(problem, steps, size, initial, False, x, B) if entering is None else entering
+        if entering is None:
+            entering = states_entering(problem, discretize(problem, config.scan_chunk), initial)
+        state = entering
         d_state = what_enters(problem, steps, size, d_final, True, dy, C)
         state_index = d_index = table.span_itself
 

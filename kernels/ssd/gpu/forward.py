@@ -120,6 +120,11 @@ def what_enters(
     )
 
 
+def states_entering(problem: Problem, steps: Steps, initial: Tensor | None) -> Tensor:
+    """The state entering every span of cut documents. steps: those of the scan."""
+    return what_enters(problem, steps, problem.config.scan_chunk, initial, False, problem.x, problem.B)
+
+
 def leaving(problem: Problem, count: int) -> tuple[Tensor, Tensor]:
     """What each of `count` documents leaves when nothing enters, and the logarithm of its total decay,
     (count, nheads)."""
@@ -161,7 +166,7 @@ def forward(
     entering, index = initial, table.span_initial if initial is not None else table.no_span
     steps = discretize(problem, config.scan_chunk)
     if table.cut:
-        entering, index = what_enters(problem, steps, config.scan_chunk, initial, False, x, B), table.span_itself
+        entering, index = states_entering(problem, steps, initial), table.span_itself
     chunks = table.by_chunk[config.scan_chunk]
     y = empty_aligned(x)
     ungated = empty_aligned(x) if keep and z is not None else None
@@ -194,7 +199,7 @@ def _final_states(problem: Problem, initial: Tensor | None, count: int) -> Tenso
     """Room for `count` final states; a document without tokens leaves the state that enters it."""
     final, table = new_states(problem, count), problem.table
     if len(table.empty):
-        final[table.empty] = 0.0
+        final.index_fill_(0, table.empty.long(), 0.0)
         if initial is not None:
             final[table.through[1]] = initial[table.through[0]]
     return final
