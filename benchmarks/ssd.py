@@ -60,12 +60,9 @@ def main() -> None:
         plot(json.loads(Path(options.plot_only).read_text()))
         return
     if options.child:
-        print(json.dumps(first_call(options) if options.child == "first-call" else long_peer(options)))
+        print(json.dumps(first_call(options.only[0]) if options.child == "first-call" else long_peer(options)))
         return
-    with tempfile.TemporaryDirectory() as cache:
-        if options.fresh_cache:
-            os.environ["TRITON_CACHE_DIR"] = cache
-        benchmark(options)
+    benchmark(options)
 
 
 def benchmark(options: argparse.Namespace) -> None:
@@ -76,9 +73,9 @@ def benchmark(options: argparse.Namespace) -> None:
     sides, peer_name = find_sides(options)
     keep = lambda *made: rows.extend(row | {"peer_name": peer_name} for row in made)  # noqa: E731
     if options.fresh_cache:
-        seconds = run_child("first-call", options, timeout=300)
-        row = make_row("ssd first call", SHAPES[options.only[0]], seconds.get("ours"), seconds.get("peer"), "s")
-        keep(row | {"note": seconds.get("note")})
+        with tempfile.TemporaryDirectory() as cache:
+            made = run_child("first-call", options, timeout=300, TRITON_CACHE_DIR=cache)
+        keep(make_row("ssd first call", SHAPES[options.only[0]], made.get("s"), None, "s") | {"note": made.get("note")})
     results["copy_TB_per_s"], results["bf16_matmul_TFLOP_per_s"] = ceilings()
     print("{device}: copy {copy_TB_per_s:.2f} TB/s, matmul {bf16_matmul_TFLOP_per_s:.0f} TFLOP/s".format(**results))
     for index in options.only:
@@ -315,18 +312,14 @@ def attention(**tensors: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(**tensors, is_causal=True)
 
 
-def first_call(options: argparse.Namespace) -> dict:
-    """Seconds of each side's first forward with backward."""
-    sides, _ = find_sides(options)
-    tensors, dy = make_inputs(SHAPES[options.only[0]])
-    seconds = {}
-    for side, function in sides.items():
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        forward_backward(function, tensors, dy)()
-        torch.cuda.synchronize()
-        seconds[side] = time.perf_counter() - start
-    return seconds
+def first_call(shape: int) -> dict:
+    """Seconds of our first forward with backward."""
+    tensors, dy = make_inputs(SHAPES[shape])
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    forward_backward(functools.partial(scan, backend="triton"), tensors, dy)()
+    torch.cuda.synchronize()
+    return {"s": time.perf_counter() - start}
 
 
 def long_peer(options: argparse.Namespace) -> dict:
@@ -353,12 +346,14 @@ def run_long_peer(options: argparse.Namespace, notes: list[str]) -> float | None
     return None
 
 
-def run_child(what: str, options: argparse.Namespace, timeout: int) -> dict:
+def run_child(what: str, options: argparse.Namespace, timeout: int, **environment: str) -> dict:
     """What this script prints as a child of itself; a note where it fails."""
     command = [sys.executable, __file__, "--child", what, "--only", str(options.only[0]), "--rep", str(options.rep)]
     command += ["--no-peer"] if options.no_peer else []
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout)
+        ran = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=timeout, env=os.environ | environment
+        )
     except subprocess.TimeoutExpired:
         return {"note": f"stopped after {timeout} s"}
     except subprocess.CalledProcessError as error:
