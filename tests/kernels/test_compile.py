@@ -41,7 +41,8 @@ def compiled(capability, dtype, headdim, d_state):
 def test_fits(capability, dtype, headdim, d_state):
     for name, needs in compiled(capability, dtype, headdim, d_state).items():
         assert needs["shared"] <= SHARED[capability], (name, needs)
-        assert needs["stack"] <= 1536, (name, needs)
+        # registers that spill: few where tiles were chosen with care
+        assert needs["stack"] <= (1536 if dtype == "float32" or d_state > 128 else 256), (name, needs)
 
 
 def test_hopper_is_used_well():
