@@ -62,7 +62,9 @@ class _Shared:
     def __init__(self, tensors: list[Tensor]):
         self.tensors = [tensor for tensor in tensors if tensor.is_cuda]
         self.streams: set[int] = set()
-        if self.tensors:
+        # what is put together while a graph is captured was made before
+        self.made = None
+        if self.tensors and not torch.cuda.is_current_stream_capturing():
             stream = torch.cuda.current_stream(self.tensors[0].device)
             self.made = stream.record_event()
             self.streams.add(stream.cuda_stream)
@@ -72,7 +74,7 @@ class _Shared:
         if stream.cuda_stream in self.streams:
             return
         # a capture begins when all else is done, and may not wait for what is outside it
-        if not torch.cuda.is_current_stream_capturing():
+        if self.made is not None and not torch.cuda.is_current_stream_capturing():
             stream.wait_event(self.made)
         for tensor in self.tensors:
             tensor.record_stream(stream)  # its memory is not used again before this stream has read it

@@ -36,12 +36,15 @@ def test_no_copy_from_the_host_in_a_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         doubled = 2 * kept.get("before", lambda: None)
+        again = Kept()
+        again.get("before", lambda held=values: held)
         with pytest.raises(RuntimeError, match="once before capturing"):
             kept.get("within", lambda: to_device(VALUES, device))
     kept.get("after", lambda: None)
     # pushed out, but for the graph
     assert "before" not in kept.values
-    del values
+    assert torch.equal(again.get("before", lambda: None).cpu(), VALUES)
+    del values, again
     torch.full((1000,), -1, device=device)
     graph.replay()
     assert torch.equal(doubled.cpu(), 2 * VALUES)
