@@ -233,6 +233,14 @@ class TestInterpreted:
         monkeypatch.setattr(problem, "choose", half_precision_tiles)
         check_scan(draw((1, 200, 2, 64, 32, ngroups), FP32))
 
+    @pytest.mark.parametrize("scale", [1, 1e-2, 30])
+    def test_half_precision(self, scale):
+        """Also where states or their gradients are far from one."""
+        inputs = draw((1, 150, 2, 24, 20, 1), FP16, "slow")
+        inputs["B"], inputs["C"] = inputs["B"] * scale, inputs["C"] / scale
+        inputs["initial_states"] *= scale
+        check_scan(inputs, BOUNDS[FP16])
+
     def test_steep_decays(self, monkeypatch):
         """There is little around a token that forgets, and much between two of them, which must not hide it."""
         monkeypatch.setattr(problem, "choose", half_precision_tiles)
