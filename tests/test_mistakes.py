@@ -191,6 +191,7 @@ CALLS = [
     (lambda: _scan(cu_seqlens=torch.tensor([0, 5])), r"must end at the number of tokens \(6\), got 5"),
     (lambda: _scan(cu_seqlens=torch.tensor([0, 4, 2, 6])), "cu_seqlens must not descend"),
     (lambda: _scan(cu_seqlens=torch.tensor([1, 6])), "cu_seqlens must start at 0"),
+    (lambda: _scan(dt=torch.zeros(1, 6, 4, device="meta")), r"dt must be on the device of x \(cpu\), got meta"),
     (lambda: _scan(cu_seqlens=torch.tensor([0, 6]), seq_idx=torch.zeros(1, 6)), "give one of them"),
     (lambda: _scan(backend="cuda"), "backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
     (lambda: causal_conv1d(torch.zeros(2, 6, 4), torch.zeros(3, 4)), "weight must have shape"),

@@ -8,6 +8,28 @@ EXACT = 1e-9
 RELATIVE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2}
 """One device, one operator, against its float64 definition, forward and gradients."""
 
+
+def _ssd(*errors: float) -> dict[str, float]:
+    """For results, gradients of activations, of steps and of what all tokens share."""
+    names = ("y final_states", "dx dB dC dz dinitial_states", "ddt", "dA ddt_bias dD")
+    return {name: error for error, group in zip(errors, names, strict=True) for name in group.split()}
+
+
+_SSD_HALF = _ssd(3e-3, 5e-3, 1e-2, 2e-2)
+
+SSD = {torch.bfloat16: _SSD_HALF, torch.float16: _SSD_HALF, torch.float32: _ssd(1e-5, 2e-5, 1e-4, 1e-4)}
+"""The SSD kernels against float64, by dtype and quantity."""
+
+SSD_INTERPRETED = _ssd(*[RELATIVE[torch.float32]] * 4)
+"""The same in float32 by Triton's interpreter."""
+
+SSD_LOOSER = {
+    ("slow", torch.bfloat16): {"dA": 7e-2},
+    ("outliers", torch.bfloat16): {"dB": 1e-2, "dC": 1e-2},  # the roundings of a few large terms
+    ("alternating", torch.float32): _ssd(*[1e-4] * 4),  # float32 holds log decays of 1e3 to 1e-4
+}
+"""What replaces them for a kind of decay."""
+
 MODEL = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """A whole model on a GPU against float64: its losses, and its gradient as one vector. In bf16 the rounding of
 activations alone makes 1.1e-2 of the gradient (measured with autocast on a CPU)."""

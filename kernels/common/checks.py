@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -18,6 +19,12 @@ def check_ndim(name: str, tensor: Tensor, axes: str) -> None:
     expected = axes.count(",") + 1
     if tensor.ndim != expected:
         raise ValueError(f"{name} must have {expected} axes {axes}, got shape {tuple(tensor.shape)}")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raise ValueError unless `tensor` is on `device`, where x is."""
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the device of x ({device}), got {tensor.device}")
 
 
 def check_divisible(name: str, value: int, divisor_name: str, divisor: int) -> None:

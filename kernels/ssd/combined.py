@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.checks import check_choice, check_divisible, check_ndim, check_positive, check_shape
+from ..common.checks import check_choice, check_device, check_divisible, check_ndim, check_positive, check_shape
 from ..common.documents import Documents
 from ..common.transfer import to_device
 from .chunked import ChunkedSpan
@@ -52,7 +52,8 @@ class SSDSpan:
         self.offsets: Tensor | None
         if cu_seqlens is None and seq_idx is None and self.triton:
             # rows alone are described by nothing that a compiler could not trace
-            self.nrows, self.offsets = batch, None
+            self.nrows = self.ndocuments = batch
+            self.offsets = None
         else:
             if cu_seqlens is not None:
                 self.documents = Documents.of(cu_seqlens, batch * seqlen)
@@ -60,7 +61,8 @@ class SSDSpan:
                 self.documents = Documents.from_seq_idx(seq_idx)
             else:
                 self.documents = Documents.rows(batch, seqlen)
-            self.nrows, self.offsets = self.documents.nrows, self.documents.on_host
+            self.nrows, self.ndocuments = self.documents.nrows, len(self.documents)
+            self.offsets = self.documents.on_host
             self.edges = self.documents.row_edges
         if self.triton:
             self.arguments = (x, dt, A, B, C, dt_bias)
@@ -75,12 +77,12 @@ class SSDSpan:
         """Each document's final state if nothing enters, (documents, nheads, headdim, d_state), and the share of an
         entering state that it leaves, (documents, nheads); float32 or wider. Documents are those of `cu_seqlens`, or of
         them those whose numbers are in `of`, each at most once."""
-        _check_once("of", of)
+        _check_numbers("of", of, self.ndocuments)
         if self.triton:
             from .gpu import ops
 
             x, dt, A, B, _, dt_bias = self.arguments
-            count = (self.nrows if self.offsets is None else len(self.offsets) - 1) if of is None else len(of)
+            count = self.ndocuments if of is None else len(of)
             leaves = None if of is None else _on_host(of)
             state, log_decay = ops.call(ops.ssd_state, x, dt, A, B, dt_bias, self.offsets, leaves, count, *self.steps)
             return state, torch.exp(log_decay)
@@ -99,8 +101,9 @@ class SSDSpan:
         into: the numbers of the documents that the states enter, each at most once; nothing enters the others. Without
         `final_states` they are not kept.
         """
-        _check_once("into", into)
+        _check_numbers("into", into, self.ndocuments)
         if initial_states is not None:
+            check_device("initial_states", initial_states, self.x.device)
             axes = "(batch or documents, nheads, headdim, d_state)"
             count = self.nrows if into is None else len(into)
             check_shape("initial_states", initial_states, (count, *self.state_shape), axes)
@@ -146,9 +149,13 @@ def _on_host(numbers: Numbers) -> Tensor:
     return torch.as_tensor(numbers, dtype=torch.int64, device="cpu")
 
 
-def _check_once(name: str, numbers: Numbers | None) -> None:
-    if numbers is not None and len(set(numbers)) < len(numbers):
+def _check_numbers(name: str, numbers: Numbers | None, ndocuments: int) -> None:
+    if numbers is None or len(numbers) == 0:
+        return
+    if len(set(numbers)) < len(numbers):
         raise ValueError(f"{name} must name each document at most once, got {list(numbers)[:8]}")
+    if min(numbers) < 0 or max(numbers) >= ndocuments:
+        raise ValueError(f"{name} must name documents from 0 to {ndocuments - 1}, got {min(numbers)} to {max(numbers)}")
 
 
 def _takes(backend: Backend, x: Tensor, B: Tensor) -> bool:
@@ -224,6 +231,10 @@ def _check(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, cu_seqlens, dt_li
     check_ndim("x", x, "(batch, seqlen, nheads, headdim)")
     check_ndim("B", B, "(batch, seqlen, ngroups, d_state)")
     batch, seqlen, nheads, headdim = x.shape
+    tensors = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_device(name, tensor, x.device)
     check_divisible("nheads", nheads, "ngroups", B.shape[2])
     check_shape("dt", dt, (batch, seqlen, nheads), "(batch, seqlen, nheads)")
     check_shape("A", A, (nheads,), "(nheads,)")

@@ -9,42 +9,36 @@ import types
 import pytest
 import torch
 from mamba2_dist.kernels.common.documents import Documents
-from mamba2_dist.kernels.ssd import SSDSpan, mamba_chunk_scan_combined, ssd_recurrence
+from mamba2_dist.kernels.ssd import SSDSpan
 from torch.utils.checkpoint import checkpoint
 
-from ..tolerances import RELATIVE, assert_close, relative_error
-from .test_ssd import make_inputs
+from ..tolerances import RELATIVE, SSD, SSD_INTERPRETED, SSD_LOOSER, assert_close, relative_error
+from .ssd_cases import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    REGIMES,
+    as_views,
+    by_definition,
+    check,
+    check_identical,
+    check_scan,
+    cotangent,
+    draw,
+    on_torch,
+    on_triton,
+    outcome,
+    wide,
+    without,
+)
 
 backward, config, launcher, ops, problem, table = (
     pytest.importorskip(f"mamba2_dist.kernels.ssd.gpu.{name}")
     for name in ("backward", "config", "launcher", "ops", "problem", "table")
 )
 
-BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-QUANTITIES = ("y final_states", "dx dB dC dz dinitial_states", "ddt", "dA ddt_bias dD")
 
-
-def _bounds(*errors):
-    """Relative errors of results, of gradients of activations, of steps and of what all tokens share."""
-    return {name: error for error, names in zip(errors, QUANTITIES, strict=True) for name in names.split()}
-
-
-INTERPRETED = _bounds(*[RELATIVE[FP32]] * 4)
-HALF = _bounds(3e-3, 5e-3, 1e-2, 2e-2)
-BOUNDS = {BF16: HALF, FP16: HALF, FP32: _bounds(1e-5, 2e-5, 1e-4, 1e-4)}
-LOOSER = {
-    ("slow", BF16): {"dA": 7e-2},
-    ("outliers", BF16): {"dB": 1e-2, "dC": 1e-2},  # the roundings of a few large terms
-    ("alternating", FP32): _bounds(*[1e-4] * 4),  # float32 holds log decays of 1e3 to 1e-4
-}
-
-# ranges of -A and of dt
-REGIMES = {
-    "typical": (1, 16, 1e-3, 0.1), "slow": (1e-6, 1e-6, 1e-3, 0.1), "fast": (16, 16, 0.05, 0.1),
-    "huge": (16, 16, 0.5, 5), "vanishing": (1e3, 1e3, 1e-3, 0.1), "alternating": (1, 16, 1e-3, 1e-3),
-    "faint": (1, 16, math.exp(-30), math.exp(-15)), "still": (1, 16, 1e-3, 0.1), "outliers": (1, 16, 1e-3, 0.1),
-    "silent": (1, 16, 1e-3, 0.1),
-}  # fmt: skip
 OFFSETS = [0, 0, 63, 64, 65, 128, 129, 129, 150, 150]
 
 interpreted = pytest.mark.skipif(not launcher.INTERPRETED, reason="needs Triton's interpreter: TRITON_INTERPRET=1")
@@ -60,12 +54,6 @@ PLACES = [
     pytest.param("cuda", MEDIUM, BF16, marks=pytest.mark.gpu, id="bfloat16"),
     pytest.param("cuda", MEDIUM, FP32, marks=pytest.mark.gpu, id="float32"),
 ]
-
-on_triton = functools.partial(
-    mamba_chunk_scan_combined, chunk_size=64, dt_softplus=True, return_final_states=True, backend="triton"
-)
-on_torch = functools.partial(on_triton, backend="torch")
-by_definition = functools.partial(ssd_recurrence, dt_softplus=True)
 
 
 @pytest.fixture(autouse=True)
@@ -88,76 +76,6 @@ def poisoned(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
-
-
-def draw(shape, dtype, regime="typical", device="cpu", gate=False, **options):
-    """Random arguments, activations in `dtype`, gated on a GPU; shape: as in SHAPES."""
-    batch, seqlen, nheads, headdim, d_state, ngroups = shape
-    inputs = make_inputs(batch, seqlen, nheads, headdim, ngroups, d_state, device=device, dtype=FP32, **options)
-    slowest, fastest, shortest, longest = REGIMES[regime]
-    inputs["A"] = -torch.empty_like(inputs["A"]).uniform_(slowest, fastest)
-    dt = torch.empty_like(inputs["dt"]).uniform_(math.log(shortest), math.log(longest)).exp()
-    if regime == "alternating":
-        dt[:, ::2] = 5.0
-    inputs["dt"] = dt + torch.log(-torch.expm1(-dt)) - inputs["dt_bias"]
-    for name in {"still": ("dt", "dt_bias"), "silent": ("x",), "faint": ("D", "initial_states")}.get(regime, ()):
-        inputs[name].zero_()
-    if regime == "outliers":
-        inputs["x"] *= torch.where(torch.rand_like(inputs["x"]) < 1e-3, 1e4, 1.0)
-    if regime == "faint":
-        inputs["x"] *= 1e6
-    if not gate and device == "cpu":  # slow to interpret
-        del inputs["z"]
-    return {name: t.to(dtype) if name in ("x", "dt", "B", "C", "z") else t for name, t in inputs.items()}
-
-
-def wide(inputs):
-    return {name: tensor.double() for name, tensor in inputs.items()}
-
-
-def without(inputs, *names):
-    return {name: tensor for name, tensor in inputs.items() if name not in names}
-
-
-def as_views(inputs, aligned):
-    """The same values, activations as views of one tensor, whose rows begin at multiples of 16 bytes if `aligned`."""
-    flat = [(name, inputs[name].flatten(2)) for name in ("z", "x", "B", "C", "dt") if name in inputs]
-    widths = [tensor.shape[-1] for _, tensor in flat]
-    widths.append((1 - aligned - sum(widths)) % 8)
-    parent = torch.cat([*(tensor for _, tensor in flat), inputs["x"].new_zeros(*inputs["x"].shape[:2], widths[-1])], -1)
-    views = zip(flat, parent.split(widths, -1), strict=False)
-    return inputs | {name: view.unflatten(-1, inputs[name].shape[2:]) for (name, _), view in views}
-
-
-@functools.lru_cache(maxsize=8)
-def cotangent(shape, device):
-    """A fixed random gradient that every dtype holds exactly."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
-
-
-def outcome(function, inputs, loss=("y", "final_states"), **options):
-    """Two results, and the gradients of a random functional of those in `loss`."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
-    results = dict(zip(("y", "final_states"), function(**leaves, **options), strict=True))
-    ends = [results[name] for name in loss]
-    weights = [cotangent(end.shape, end.device).to(end.dtype) for end in ends]
-    gradients = torch.autograd.grad(ends, list(leaves.values()), weights, allow_unused=True, materialize_grads=True)
-    return results | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
-
-
-def check(actual, expected, bounds):
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert_close(actual[name], tensor, bounds[name], name)
-
-
-def check_identical(actual, expected):
-    for name, tensor in expected.items():
-        assert torch.equal(actual[name], tensor), name
-
-
-def check_scan(inputs, bounds=INTERPRETED, reference=by_definition, **options):
-    check(outcome(on_triton, inputs, **options), outcome(reference, wide(inputs), **options), bounds)
 
 
 @pytest.fixture
@@ -212,7 +130,7 @@ class TestInterpreted:
 
         inputs = draw((1, 150, 1, 24, 20, 1), FP32, owners=len(chosen or OFFSETS[1:]))
         actual = outcome(functools.partial(scan_and_leave, "triton"), inputs)
-        check(actual, outcome(functools.partial(scan_and_leave, "torch"), wide(inputs)), INTERPRETED)
+        check(actual, outcome(functools.partial(scan_and_leave, "torch"), wide(inputs)), SSD_INTERPRETED)
 
     @pytest.mark.parametrize("processors", [1, 8])
     def test_state_gradient(self, processors, monkeypatch):
@@ -239,14 +157,14 @@ class TestInterpreted:
         inputs = draw((1, 150, 2, 24, 20, 1), FP16, "slow")
         inputs["B"], inputs["C"] = inputs["B"] * scale, inputs["C"] / scale
         inputs["initial_states"] *= scale
-        check_scan(inputs, BOUNDS[FP16])
+        check_scan(inputs, SSD[FP16])
 
     def test_steep_decays(self, monkeypatch):
         """There is little around a token that forgets, and much between two of them, which must not hide it."""
         monkeypatch.setattr(problem, "choose", half_precision_tiles)
         inputs = draw((1, 128, 2, 16, 16, 1), FP32, "alternating")
         inputs["A"].fill_(-2.0)
-        check_scan(inputs, BOUNDS[FP32])
+        check_scan(inputs, SSD[FP32])
 
     def test_a_cut_sequence(self, tables, monkeypatch):
         """Compiled, the backward pass works out again what entered the pieces."""
@@ -266,12 +184,16 @@ class TestInterpreted:
         check_scan(draw((1, 64, 4, 16, 64, ngroups), FP32))
         assert seen[0][0] < 4
 
-    def test_documents_named_twice(self):
-        span = SSDSpan(*list(draw((1, 9, 2, 16, 16, 1), FP32).values())[:5], 32, cu_seqlens=[0, 4, 9], backend="triton")
-        with pytest.raises(ValueError, match="at most once"):
-            span.leaving([1, 1])
-        with pytest.raises(ValueError, match="at most once"):
-            span.scan(torch.zeros(2, 2, 16, 16), into=[0, 0])
+    @pytest.mark.parametrize("backend", ["triton", "torch"])
+    @pytest.mark.parametrize(
+        ("numbers", "message"), [([1, 1], "at most once"), ([0, 2], "from 0 to 1, got 0 to 2"), ([-1], "from 0 to 1")]
+    )
+    def test_numbers_of_no_document(self, numbers, message, backend):
+        span = SSDSpan(*list(draw((1, 9, 2, 16, 16, 1), FP32).values())[:5], 32, cu_seqlens=[0, 4, 9], backend=backend)
+        with pytest.raises(ValueError, match=message):
+            span.leaving(numbers)
+        with pytest.raises(ValueError, match=message):
+            span.scan(torch.zeros(len(numbers), 2, 16, 16), into=numbers)
 
     @pytest.mark.parametrize("function", [on_triton, on_torch])
     def test_training_after_inference(self, function):
@@ -281,7 +203,7 @@ class TestInterpreted:
             documents = Documents([0, 4, 9])
             function(**inputs, cu_seqlens=documents)
         expected = outcome(by_definition, wide(inputs), cu_seqlens=documents.on_host)
-        check(outcome(function, inputs, cu_seqlens=documents), expected, INTERPRETED)
+        check(outcome(function, inputs, cu_seqlens=documents), expected, SSD_INTERPRETED)
 
     @pytest.mark.parametrize("function", [on_triton, on_torch])
     @pytest.mark.parametrize("loss", [("y", "final_states"), ("final_states",)])
@@ -369,14 +291,14 @@ def test_the_comparison_sees(fault, monkeypatch):
     monkeypatch.setattr(problem, "choose", half_precision_tiles)
     monkeypatch.setattr(launcher.Launcher, "__call__", faulty)
     actual, expected = outcome(on_triton, inputs), outcome(on_torch, wide(inputs))
-    assert any(relative_error(actual[name], expected[name]) > 2 * BOUNDS[BF16][name] for name in expected)
+    assert any(relative_error(actual[name], expected[name]) > 2 * SSD[BF16][name] for name in expected)
 
 
 @pytest.mark.parametrize(("device", "shape", "dtype"), PLACES)
 class TestEverywhere:
     @pytest.mark.parametrize("regime", REGIMES)
     def test_regimes(self, regime, device, shape, dtype, poisoned):
-        bounds = BOUNDS[dtype] | LOOSER.get((regime, dtype), {})
+        bounds = SSD[dtype] | SSD_LOOSER.get((regime, dtype), {})
         check_scan(draw(shape, dtype, regime, device), bounds, on_torch, dt_softplus=regime != "still")
 
     @pytest.mark.parametrize("aligned", [True, False])
@@ -384,7 +306,7 @@ class TestEverywhere:
         inputs = draw(shape, dtype, device=device)
         actual = outcome(on_triton, as_views(inputs, aligned))
         check_identical(actual, outcome(on_triton, inputs))
-        check(actual, outcome(on_torch, wide(inputs)), BOUNDS[dtype])
+        check(actual, outcome(on_torch, wide(inputs)), SSD[dtype])
 
     def test_packed_documents_equal_separate_ones(self, device, shape, dtype):
         offsets = torch.tensor([*OFFSETS[:-2], shape[1], shape[1]])
@@ -398,8 +320,8 @@ class TestEverywhere:
 
         inputs = draw(shape, dtype, device=device, owners=len(OFFSETS) - 1)
         expected = outcome(on_torch, wide(inputs), cu_seqlens=offsets)
-        check(outcome(on_triton, inputs, cu_seqlens=offsets), expected, BOUNDS[dtype])
-        check(outcome(separately, inputs), expected, BOUNDS[dtype])
+        check(outcome(on_triton, inputs, cu_seqlens=offsets), expected, SSD[dtype])
+        check(outcome(separately, inputs), expected, SSD[dtype])
 
     @pytest.mark.parametrize("way", ["autocast", "checkpointed", "compiled"])
     def test_the_same_when(self, way, device, shape, dtype):
@@ -445,13 +367,13 @@ class TestOnGPU:
         ids=str,
     )
     def test_shapes(self, dtype, shape, poisoned):
-        check_scan(draw(shape, dtype, device="cuda"), BOUNDS[dtype], on_torch)
+        check_scan(draw(shape, dtype, device="cuda"), SSD[dtype], on_torch)
 
     @pytest.mark.parametrize("processors", [1, 16, 1024])
     def test_a_cut_sequence(self, processors, tables, monkeypatch):
         capability, _ = launcher.device_limits(torch.device("cuda"))
         monkeypatch.setattr(launcher, "_properties", lambda device: (capability, processors))
-        check_scan(draw((1, 4103, 4, 64, 128, 2), BF16, device="cuda"), BOUNDS[BF16], on_torch)
+        check_scan(draw((1, 4103, 4, 64, 128, 2), BF16, device="cuda"), SSD[BF16], on_torch)
         assert tables[0].cut == (processors > 1)
 
     def test_the_same_bits_every_time(self):
@@ -494,14 +416,14 @@ class TestOnGPU:
 
     def test_many_documents(self):
         inputs = draw((1, 30000, 1, 16, 16, 1), BF16, device="cuda", owners=30000)
-        check_scan(inputs, BOUNDS[BF16], on_torch, cu_seqlens=torch.arange(30001))
+        check_scan(inputs, SSD[BF16], on_torch, cu_seqlens=torch.arange(30001))
 
     def test_another_device(self):
         if torch.cuda.device_count() < 2:
             pytest.skip("needs two GPUs")
         inputs = draw(MEDIUM, BF16, device="cuda:1")
         assert torch.cuda.current_device() == 0
-        check_scan(inputs, BOUNDS[BF16], on_torch)
+        check_scan(inputs, SSD[BF16], on_torch)
 
     def test_offsets_beyond_31_bits(self):
         if torch.cuda.mem_get_info()[0] < 60 << 30:
@@ -523,4 +445,4 @@ class TestOnGPU:
         # what came before these has been forgotten by the last 4096; both sides round
         near = last_tokens({name: view[:, -20480:].contiguous() for name, view in views.items()}, dy[:, -20480:])
         for actual, expected in zip(last_tokens(views, dy), near, strict=True):
-            assert_close(actual, expected, 2 * BOUNDS[BF16]["y"])
+            assert_close(actual, expected, 2 * SSD[BF16]["y"])
