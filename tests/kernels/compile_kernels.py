@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 DTYPES = {"bfloat16": ("bf16", torch.bfloat16), "float16": ("fp16", torch.float16), "float32": ("fp32", torch.float32)}
+STATES = {"dh_ptr", "states_ptr", "opposite_ptr"}
 # pointers that hold the dtype of x; the others hold float32, and indices int32
 IN_X_DTYPE = {
     "x_ptr", "dy_ptr", "z_ptr", "rows_ptr", "cols_ptr", "others_ptr", "B_ptr", "C_ptr", "dh_ptr", "dx_ptr", "y_ptr",
@@ -24,14 +25,16 @@ IN_X_DTYPE = {
 }  # fmt: skip
 
 
-def cases(choice, precision):
+def cases(choice, dtype):
     """Every kernel with the constants that make it largest."""
+    precision = "tf32x3" if dtype == torch.float32 else "tf32"
+    scaled = {"SCALED": dtype != torch.float32 and choice.sweep_N == choice.N}
     state = {"P": choice.P, "PT": choice.P_tiles, "PRECISION": precision}
     for reverse in (False, True):
         yield (
             f"sweep{'_reverse' * reverse}", sweep.sweep_kernel, choice.sweep,
             state | {"L": choice.chunk, "N": choice.sweep_N, "NT": choice.N // choice.sweep_N, "REVERSE": reverse,
-                     "HAS_ROWS": True, "STORE": True, "ONLY_LEAVING": False, "PREFETCH": True},
+                     "HAS_ROWS": True, "STORE": True, **scaled, "ONLY_LEAVING": False, "PREFETCH": True},
         )  # fmt: skip
     for gated in (False, True):
         yield (
@@ -46,12 +49,12 @@ def cases(choice, precision):
         "dx",
         chunk_backward.dx_kernel,
         choice.dx,
-        blocks | {"HAS_DY": True, "HAS_D": True, "STAGES": choice.dx.stages},
+        blocks | {**scaled, "HAS_DY": True, "HAS_D": True, "STAGES": choice.dx.stages},
     )
     for source in (False, True):
         yield (
             f"outside{'_source' * source}", chunk_backward.outside_kernel, choice.outside,
-            chunk | {"SOURCE": source, "HAS_Q": True, "ADD": True, "STAGES": choice.outside.stages},
+            chunk | scaled | {"SOURCE": source, "HAS_Q": True, "ADD": True, "STAGES": choice.outside.stages},
         )  # fmt: skip
     few, more_warps = config.Launch(4, 3), config.Launch(8, 3)
     step = {"L": choice.chunk, "H": 16, "HAS_BIAS": True, "SOFTPLUS": True}
@@ -66,13 +69,16 @@ def cases(choice, precision):
 
 
 def compile_kernel(kernel, launch, constants, dtype, capability):
+    kinds = dict.fromkeys(IN_X_DTYPE, dtype)
+    if constants.get("SCALED"):
+        kinds |= dict.fromkeys(STATES, "fp16")
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             integers = name in ("chunks_ptr", "spans_ptr", "documents_ptr") or "index" in name
-            signature[name] = "*i32" if integers else f"*{dtype}" if name in IN_X_DTYPE else "*fp32"
+            signature[name] = "*i32" if integers else f"*{kinds.get(name, 'fp32')}"
         else:
             signature[name] = "fp32" if name in ("low", "high") else "i32"
     even = [name for name, kind in signature.items() if kind.startswith("*") or name.endswith("_stride")]
@@ -105,7 +111,6 @@ if __name__ == "__main__":
     capability, dtype, headdim, d_state = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     short, torch_dtype = DTYPES[dtype]
     choice = config.choose(headdim, d_state, torch_dtype, capability)
-    precision = "tf32x3" if dtype == "float32" else "tf32"
-    for name, kernel, launch, constants in cases(choice, precision):
+    for name, kernel, launch, constants in cases(choice, torch_dtype):
         compiled = compile_kernel(kernel, launch, constants, short, capability)
         print(json.dumps({"kernel": name, "warps": launch.warps, **resources(compiled)}), flush=True)

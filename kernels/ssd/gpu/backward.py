@@ -77,13 +77,14 @@ def backward(
         # the state entering each chunk and the gradient of the one leaving it
         sweep(
             problem, steps, size, rows=x, cols=B, reverse=False, enter=state, enter_index=state_index,
-            leave=made.unread, leave_index=none, states=made.h, first_head=first_head, wheads=heads,
+            leave=made.unread, leave_index=none, states=made.h, scales=made.h_scales, first_head=first_head,
+            wheads=heads,
         )  # fmt: skip
         sweep(
             problem, steps, size, rows=dy, cols=C, reverse=True, enter=d_state, enter_index=d_index,
             leave=made.unread if d_initial is None else d_initial,
             leave_index=none if d_initial is None else table.first_initial,
-            states=made.dh, first_head=first_head, wheads=heads,
+            states=made.dh, scales=made.dh_scales, first_head=first_head, wheads=heads,
         )  # fmt: skip
         if dy is not None:
             _pairs(problem, steps, dy, made, wave)
@@ -167,6 +168,8 @@ class _Room:
     shares: Tensor  # (nchunks, 3, nheads): each chunk's part of the gradients of A, dt_bias and D
     h: Tensor
     dh: Tensor
+    h_scales: Tensor  # (nchunks, wheads * PT), by which they are smaller than what they stand for
+    dh_scales: Tensor
     Q: Tensor
     S: Tensor
     sums: Tensor
@@ -219,6 +222,7 @@ def _room(problem: Problem, has_dy: bool, wheads: int, heads_per_program: int) -
         dx = aligned_view(h, x)
     else:
         h, dx = x.new_empty(states), empty_aligned(x)
+    dtype = torch.float16 if problem.scaled else x.dtype
     new = lambda *shape: x.new_empty(*shape, dtype=torch.float32)  # noqa: E731
     fill = new if has_dy else lambda *shape: x.new_zeros(*shape, dtype=torch.float32)
     grads = lambda: empty_aligned(B.expand(shares, *B.shape), x.dtype if whole else torch.float32)  # noqa: E731
@@ -228,8 +232,10 @@ def _room(problem: Problem, has_dy: bool, wheads: int, heads_per_program: int) -
         dB=grads(),
         dC=grads() if has_dy else None,
         shares=new(nchunks, 3, problem.nheads),
-        h=h,
-        dh=x.new_empty(states),
+        h=h.view(dtype),
+        dh=x.new_empty(states, dtype=dtype),
+        h_scales=new(nchunks, wheads * config.P_tiles),
+        dh_scales=new(nchunks, wheads * config.P_tiles),
         Q=x.new_empty(wheads // heads_per_program if has_dy else 0, nchunks, config.chunk, config.chunk),
         # without dy no pairs are written
         S=fill(problem.ngroups, slots),
@@ -284,21 +290,23 @@ def _outside(problem: Problem, steps: Steps, dy: Tensor | None, made: _Room, wav
     """dB (source) or dC: the pairs inside chunks and the states around them."""
     config, chunks = problem.config, problem.table.by_chunk[problem.config.chunk]
     x, B, C = problem.x, problem.B, problem.C
-    tensors: tuple = (x, B, C, made.dB, made.dh, made.h) if source else (dy, C, B, made.dC, made.h, made.dh)
-    rows, cols, others, out, states, opposite = tensors
+    h, dh = (made.h, made.h_scales), (made.dh, made.dh_scales)
+    tensors: tuple = (x, B, C, made.dB, dh, h) if source else (dy, C, B, made.dC, h, dh)
+    rows, cols, others, out, (states, scales), (opposite, opposite_scales) = tensors
     others = cols if others is None else others
     problem.run(
         outside_kernel, (wave, source, rows.stride(), dy is None, out.stride()),
         lambda: dict(
             grid=_grid(problem, wave, 1), **_of_wave(problem, wave), **strides("", rows),
             **strides("col", cols, "group"), **strides("other", others, "group"), out_part_stride=out.stride(0),
-            **strides("out", out[0], "group"), SOURCE=source, HAS_Q=dy is not None, FLAT=_flat(config, rows),
+            **strides("out", out[0], "group"), SOURCE=source, HAS_Q=dy is not None, SCALED=problem.scaled,
+            FLAT=_flat(config, rows),
             # a wave that is part of a group adds to those before it
             ADD=wave.first % (problem.nheads // problem.ngroups) > 0, **_options(config.outside),
         ),
         rows_ptr=rows, cum_ptr=steps.cum, weight_ptr=steps.weight, cols_ptr=cols, others_ptr=others,
-        states_ptr=states, opposite_ptr=opposite, Q_ptr=made.Q, out_ptr=out, sums_ptr=made.sums, W_ptr=made.W,
-        chunks_ptr=chunks.chunks,
+        states_ptr=states, scales_ptr=scales, opposite_ptr=opposite, opposite_scales_ptr=opposite_scales,
+        Q_ptr=made.Q, out_ptr=out, sums_ptr=made.sums, W_ptr=made.W, chunks_ptr=chunks.chunks,
     )  # fmt: skip
 
 
@@ -314,10 +322,12 @@ def _dx(problem: Problem, steps: Steps, dy: Tensor | None, D: Tensor | None, mad
             grid=_grid(problem, wave, config.chunk // config.block),
             **_of_wave(problem, wave), **strides("dy", some), **strides("B", B, "group"), **strides("C", C, "group"),
             **strides("dx", dx), **skip_strides(D), K=config.block, HAS_DY=dy is not None,
-            HAS_D=D is not None and dy is not None, FLAT=_flat(config, some, dx), **_options(config.dx),
+            HAS_D=D is not None and dy is not None, SCALED=problem.scaled, FLAT=_flat(config, some, dx),
+            **_options(config.dx),
         ),
         dy_ptr=some, cum_ptr=steps.cum, log_dt_ptr=steps.log_dt, weight_ptr=steps.weight, B_ptr=B, C_ptr=C,
-        D_ptr=steps.cum if D is None else D, dh_ptr=made.dh, dx_ptr=dx, chunks_ptr=chunks.chunks,
+        D_ptr=steps.cum if D is None else D, dh_ptr=made.dh, scales_ptr=made.dh_scales, dx_ptr=dx,
+        chunks_ptr=chunks.chunks,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .steps import STEEP
-from .tiles import head_tokens, load_tokens, place, skip_weights, span_tokens, store_tokens
+from .tiles import head_tokens, load_tokens, place, rows_in_half, skip_weights, span_tokens, store_tokens
 
 SIZES = ["nchunks", "first_head", "wheads", "heads_per_program", "nheads", "ngroups", "headdim", "d_state"]
 
@@ -156,10 +156,11 @@ def pairs_kernel(
 
 @triton.jit
 def _dx_of_heads(
-    dys, Bs, Cs, dhs, dxs, cum_ptr, log_dt_ptr, weight_ptr, D_ptr, D_head_stride, D_channel_stride, chunk, part, head0,
-    slots, heads_per_program, headdim,
+    dys, Bs, Cs, dhs, dxs, cum_ptr, log_dt_ptr, weight_ptr, scales_ptr, D_ptr, D_head_stride, D_channel_stride, chunk,
+    part, head0, slots, wheads, heads_per_program, headdim,
     J: tl.constexpr, L: tl.constexpr, K: tl.constexpr, P: tl.constexpr, PT: tl.constexpr,
-    HAS_DY: tl.constexpr, HAS_D: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    HAS_DY: tl.constexpr, HAS_D: tl.constexpr, SCALED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sources J to J + K."""
     SECOND: tl.constexpr = J + K < L
@@ -170,6 +171,8 @@ def _dx_of_heads(
         G = tl.dot(B, tl.trans(Cs.load([J, 0])), input_precision=PRECISION)
         if SECOND:
             G2 = tl.dot(B, tl.trans(Cs.load([J + K, 0])), input_precision=PRECISION)
+    if SCALED:
+        B, B_down = rows_in_half(B)
     for i in tl.range(0, heads_per_program * PT, num_stages=STAGES):
         head = head0 + i // PT
         p_tile = i % PT
@@ -177,6 +180,8 @@ def _dx_of_heads(
         slot = head * slots + chunk * L + J
         dh = dhs.load([v * P, 0])
         weight = tl.load(weight_ptr + slot + offs)
+        if SCALED:
+            weight *= B_down * tl.load(scales_ptr + chunk.to(tl.int64) * (wheads * PT) + v)
         dx = tl.dot(B, tl.trans(dh), input_precision=PRECISION) * weight[:, None]
         if HAS_DY:
             dy = load_tokens(dys, J, head, p_tile * P, headdim, K, P, FLAT)
@@ -197,12 +202,13 @@ def _dx_of_heads(
 
 @triton.jit(do_not_specialize=SIZES)
 def dx_kernel(
-    dy_ptr, cum_ptr, log_dt_ptr, weight_ptr, B_ptr, C_ptr, D_ptr, dh_ptr, dx_ptr, chunks_ptr, nchunks,
+    dy_ptr, cum_ptr, log_dt_ptr, weight_ptr, B_ptr, C_ptr, D_ptr, dh_ptr, scales_ptr, dx_ptr, chunks_ptr, nchunks,
     dy_row_stride, dy_token_stride, dy_head_stride, B_row_stride, B_token_stride, B_group_stride,
     C_row_stride, C_token_stride, C_group_stride, dx_row_stride, dx_token_stride, dx_head_stride,
     D_head_stride, D_channel_stride, first_head, wheads, heads_per_program, nheads, ngroups, headdim, d_state,
     L: tl.constexpr, K: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr,
-    HAS_DY: tl.constexpr, HAS_D: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    HAS_DY: tl.constexpr, HAS_D: tl.constexpr, SCALED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx of a chunk of L tokens, or of one of its halves of K = L / 2."""
     part, half, chunk = _place_of_program(wheads, heads_per_program, L // K)
@@ -224,26 +230,29 @@ def dx_kernel(
     # the halves of a chunk are neighbours in the launch: they read the same dh and dy at the same time
     if half == 0:
         _dx_of_heads(
-            dys, Bs, Cs, dhs, dxs, cum_ptr, log_dt_ptr, weight_ptr, D_ptr, D_head_stride, D_channel_stride, chunk, part,
-            head0, slots, heads_per_program, headdim, 0, L, K, P, PT, HAS_DY, HAS_D, FLAT, PRECISION, STAGES,
+            dys, Bs, Cs, dhs, dxs, cum_ptr, log_dt_ptr, weight_ptr, scales_ptr, D_ptr, D_head_stride, D_channel_stride,
+            chunk, part, head0, slots, wheads, heads_per_program, headdim, 0, L, K, P, PT, HAS_DY, HAS_D, SCALED, FLAT,
+            PRECISION, STAGES,
         )  # fmt: skip
     elif L > K:
         _dx_of_heads(
-            dys, Bs, Cs, dhs, dxs, cum_ptr, log_dt_ptr, weight_ptr, D_ptr, D_head_stride, D_channel_stride, chunk, part,
-            head0, slots, heads_per_program, headdim, K, L, K, P, PT, HAS_DY, HAS_D, FLAT, PRECISION, STAGES,
+            dys, Bs, Cs, dhs, dxs, cum_ptr, log_dt_ptr, weight_ptr, scales_ptr, D_ptr, D_head_stride, D_channel_stride,
+            chunk, part, head0, slots, wheads, heads_per_program, headdim, K, L, K, P, PT, HAS_DY, HAS_D, SCALED, FLAT,
+            PRECISION, STAGES,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def outside_kernel(
-    rows_ptr, cum_ptr, weight_ptr, cols_ptr, others_ptr, states_ptr, opposite_ptr, Q_ptr, out_ptr, sums_ptr, W_ptr,
-    chunks_ptr, nchunks, row_stride, token_stride, head_stride, col_row_stride, col_token_stride, col_group_stride,
+    rows_ptr, cum_ptr, weight_ptr, cols_ptr, others_ptr, states_ptr, scales_ptr, opposite_ptr, opposite_scales_ptr,
+    Q_ptr, out_ptr, sums_ptr, W_ptr, chunks_ptr, nchunks,
+    row_stride, token_stride, head_stride, col_row_stride, col_token_stride, col_group_stride,
     other_row_stride, other_token_stride, other_group_stride, out_part_stride, out_row_stride, out_token_stride,
     out_group_stride,
     first_head, wheads, heads_per_program, nheads, ngroups, headdim, d_state,
     L: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr,
-    SOURCE: tl.constexpr, HAS_Q: tl.constexpr, ADD: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    SOURCE: tl.constexpr, HAS_Q: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, FLAT: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of C from rows dy and states h; of B, if SOURCE, from rows x, states dh and, for the decays, h.
 
@@ -298,6 +307,11 @@ def outside_kernel(
             weight = tl.load(weight_ptr + slot + offs_l)
         else:
             weight = tl.exp2(tl.load(cum_ptr + slot + offs_l))
+        if SCALED:
+            r, r_down = rows_in_half(r)
+            scale = chunk.to(tl.int64) * (wheads * PT) + v
+            down = tl.load(scales_ptr + scale)
+            weight *= r_down * down
         term = tl.dot(r, state, input_precision=PRECISION) * weight[:, None]
         sum += term
         at = sums_ptr + v * slots + chunk * L + offs_l
@@ -310,6 +324,8 @@ def outside_kernel(
             # trace(dh h^T)
             product = tl.dot(state, tl.trans(opposites.load([v * P, 0])), input_precision=PRECISION)
             W = tl.sum(tl.where(offs_p[:, None] == offs_p[None, :], product, 0.0))
+            if SCALED:
+                W *= down * tl.load(opposite_scales_ptr + scale)
             tl.store(W_ptr + v.to(tl.int64) * nchunks + chunk, W)
     out.store([0, 0], sum.to(out_ptr.dtype.element_ty))
 

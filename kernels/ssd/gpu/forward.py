@@ -54,7 +54,7 @@ def discretize(problem: Problem, size: int) -> Steps:
 def sweep(
     problem: Problem, steps: Steps, size: int, *, rows: Tensor | None, cols: Tensor | None, reverse: bool,
     enter: Tensor | None, enter_index: Tensor, leave: Tensor, leave_index: Tensor, states: Tensor | None = None,
-    first_head: int = 0, wheads: int | None = None,
+    scales: Tensor | None = None, first_head: int = 0, wheads: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Runs `sweep_kernel`; returns the total log2 decay of every span, (nspans, nheads)."""
     config, chunks, nspans = problem.config, problem.table.by_chunk[size], problem.table.nspans
@@ -69,13 +69,14 @@ def sweep(
             grid=(nspans * heads * config.P_tiles * N_tiles,), nspans=nspans, nchunks=chunks.count,
             **strides("", rows), **strides("col", cols), first_head=first_head, wheads=heads, **problem.sizes,
             L=size, P=config.P, N=config.sweep_N, PT=config.P_tiles, NT=N_tiles, REVERSE=reverse,
-            HAS_ROWS=rows is not None, STORE=states is not None, ONLY_LEAVING=states is None,
+            HAS_ROWS=rows is not None, STORE=states is not None, SCALED=problem.scaled, ONLY_LEAVING=states is None,
             PREFETCH=not INTERPRETED, PRECISION=problem.plan.precision, **compiler_options(config.sweep),
         ),
         rows_ptr=some if rows is None else rows, cols_ptr=some if cols is None else cols,
         cum_ptr=steps.cum, weight_ptr=steps.weight, enter_ptr=leave if enter is None else enter,
         enter_index_ptr=enter_index, leave_ptr=leave, leave_index_ptr=leave_index, decay_ptr=decay,
-        states_ptr=some if states is None else states, spans_ptr=chunks.spans,
+        states_ptr=some if states is None else states, scales_ptr=decay if scales is None else scales,
+        spans_ptr=chunks.spans,
     )  # fmt: skip
     return decay
 

@@ -53,6 +53,11 @@ class Problem:
         return self.plan.table
 
     @property
+    def scaled(self) -> bool:
+        """Whether the backward pass keeps states in float16, each times a power of two; otherwise in the dtype of x."""
+        return self.x.dtype != torch.float32 and self.config.sweep_N == self.config.N
+
+    @property
     def nheads(self) -> int:
         return self.x.shape[2]
 

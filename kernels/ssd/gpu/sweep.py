@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import head_tokens, place, prefetch, state_pointers
+from .tiles import head_tokens, place, power_above, prefetch, state_pointers
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -11,19 +11,18 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit(do_not_specialize=["nspans", "nchunks", "first_head", "wheads", "nheads", "ngroups", "headdim", "d_state"])
 def sweep_kernel(
     rows_ptr, cols_ptr, cum_ptr, weight_ptr, enter_ptr, enter_index_ptr, leave_ptr, leave_index_ptr, decay_ptr,
-    states_ptr,
-    spans_ptr, nspans, nchunks, row_stride, token_stride, head_stride, col_row_stride, col_token_stride,
-    col_head_stride,
+    states_ptr, scales_ptr, spans_ptr, nspans, nchunks,
+    row_stride, token_stride, head_stride, col_row_stride, col_token_stride, col_head_stride,
     first_head, wheads, nheads, ngroups, headdim, d_state,
     L: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr, NT: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_ROWS: tl.constexpr, STORE: tl.constexpr, ONLY_LEAVING: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_ROWS: tl.constexpr, STORE: tl.constexpr, SCALED: tl.constexpr,
+    ONLY_LEAVING: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """h <- 2^(cum_end) h + sum_l weight_l x_l B_l^T over the chunks of a span; in REVERSE, with the rows dy and the
     columns C, dh <- 2^(cum_end) dh + sum_l 2^(cum_l) dy_l C_l^T from its last chunk to its first.
 
-    STORE keeps, in the dtype of x, the state that enters each chunk, in REVERSE the gradient of the one that leaves it.
+    STORE keeps the state that enters each chunk, in REVERSE the gradient of the one that leaves it: in the dtype of x,
+    or SCALED, in float16 times a power of two that scales undoes.
     ONLY_LEAVING skips spans whose result nobody reads. One program a (span, head, tile of the state).
     """
     pid = tl.program_id(0)
@@ -68,7 +67,12 @@ def sweep_kernel(
         t = chunk * L
         end = tl.load(cum_ptr + t + L - 1)
         if STORE:
-            kept.store([(chunk * wheads * PT + v) * P, n_tile * N], state.to(dtype))
+            if SCALED:
+                up, down = power_above(tl.max(tl.max(tl.abs(state), 1), 0))
+                kept.store([(chunk * wheads * PT + v) * P, n_tile * N], (state * up).to(dtype))
+                tl.store(scales_ptr + (first + chunk).to(tl.int64) * (wheads * PT) + v, down)
+            else:
+                kept.store([(chunk * wheads * PT + v) * P, n_tile * N], state.to(dtype))
         state *= tl.exp2(end)
         if HAS_ROWS:
             r = rows.load([t, p_tile * P])
