@@ -15,7 +15,6 @@ from .forward import (
     compiler_options,
     discretize,
     skip_strides,
-    states_entering,
     sweep,
     what_enters,
 )
@@ -65,7 +64,7 @@ def backward(
     d_state, d_index = d_final, table.span_final if d_final is not None else none
     if table.cut:
         if entering is None:
-            entering = states_entering(problem, discretize(problem, config.scan_chunk), initial)
+            entering = what_enters(problem, steps, size, initial, False, x, B)
         state = entering
         d_state = what_enters(problem, steps, size, d_final, True, dy, C)
         state_index = d_index = table.span_itself

@@ -88,14 +88,12 @@ def _pairs_of_heads(
             same = offs[None, :] == offs[:, None]
             own = tl.sum(tl.where(same, dS, 0.0), 1)
             T = tl.where(same, 0.0, T)
-            at_target = tl.sum(T, 0)
+            tl.store(out + J, tl.sum(T, 0))
             tl.store(out + plane + J, tl.sum(T, 1))
             tl.store(out + 3 * plane + J, own)
             if tl.load(steepest_ptr + head.to(tl.int64) * nchunks + chunk) < STEEP:
                 around = tl.where(offs[:, None] < offs[None, :], _from_each(T, triangle, PRECISION), 0.0)
                 tl.store(out + J, tl.sum(around, 0))
-            else:
-                tl.store(out + J, at_target)
         else:
             tl.store(out + 2 * plane + I, tl.sum(T, 0))
             tl.store(out + 2 * plane + J, tl.sum(T, 1))

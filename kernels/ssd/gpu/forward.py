@@ -121,11 +121,6 @@ def what_enters(
     )
 
 
-def states_entering(problem: Problem, steps: Steps, initial: Tensor | None) -> Tensor:
-    """The state entering every span of cut documents. steps: those of the scan."""
-    return what_enters(problem, steps, problem.config.scan_chunk, initial, False, problem.x, problem.B)
-
-
 def leaving(problem: Problem, count: int) -> tuple[Tensor, Tensor]:
     """What each of `count` documents leaves when nothing enters, and the logarithm of its total decay,
     (count, nheads)."""
@@ -167,7 +162,9 @@ def forward(
     entering, index = initial, table.span_initial if initial is not None else table.no_span
     steps = discretize(problem, config.scan_chunk)
     if table.cut:
-        entering, index = states_entering(problem, steps, initial), table.span_itself
+        size = config.chunk
+        entering = what_enters(problem, discretize(problem, size), size, initial, False, x, B)
+        index = table.span_itself
     chunks = table.by_chunk[config.scan_chunk]
     y = empty_aligned(x)
     ungated = empty_aligned(x) if keep and z is not None else None
