@@ -89,8 +89,13 @@ def sweep_kernel(
                 token = start + tl.minimum(later + offs_l, length - 1)
                 base = rows_ptr + row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride
                 prefetch(base + token.to(tl.int64) * token_stride)
-            r = (r.to(tl.float32) * weight[:, None]).to(r.dtype)
-            state = tl.dot(tl.trans(r), k, state, input_precision=PRECISION)
+            weighted = r.to(tl.float32) * weight[:, None]
+            high = weighted.to(r.dtype)
+            state = tl.dot(tl.trans(high), k, state, input_precision=PRECISION)
+            if r.dtype != tl.float32:
+                # what rounding took away: the gradient of A is a sum over all of it
+                low = (weighted - high.to(tl.float32)).to(r.dtype)
+                state = tl.dot(tl.trans(low), k, state)
         total += end
     if leave >= 0:
         tl.store(state_pointers(leave_ptr, leave.to(tl.int64) * nheads + head, p_tile, n_tile, P, N, PT, NT), state)
