@@ -2,7 +2,7 @@
 
 import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ class Launcher:
     def __init__(self, kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any):
         self.kernel, self.grid, self.device = kernel, (*grid, 1, 1)[:3], device
         self.arguments = {name: value for name, value in arguments.items() if value is not None}
-        self.pointers = [(place, name) for place, name in enumerate(kernel.arg_names) if name.endswith("_ptr")]
         self.values = [self.arguments.get(name) for name in kernel.arg_names]
         self.kind = (id(kernel), device, *(_kind(name, value) for name, value in self.arguments.items()))
         self.ready: dict[tuple, Callable] = {}
@@ -49,8 +48,12 @@ class Launcher:
                 self._launch(tensors)
 
     def _launch(self, tensors: dict[str, Tensor]) -> None:
+        addresses = [tensor.data_ptr() for tensor in tensors.values()]
         # all that the compiler may know of tensors
-        kind = tuple([(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors.values()])
+        kind = (
+            *[tensor.dtype for tensor in tensors.values()],
+            *[address % 16 == 0 for address in addresses],
+        )
         run = self.ready.get(kind)
         if run is None:
             key = (self.kind, *tensors, *kind)
@@ -58,17 +61,22 @@ class Launcher:
                 compile_and_run = functools.partial(self.kernel[self.grid], **tensors, **self.arguments)
                 _compiled[key] = _with_allocator(self.device, compile_and_run)
                 return
-            run = self.ready[kind] = self._runner(_compiled[key])
-        values = self.values.copy()
-        for place, name in self.pointers:
-            values[place] = tensors[name]
-        run(*values)
+            run = self.ready[kind] = self._runner(_compiled[key], tensors)
+        run(addresses)
 
-    def _runner(self, compiled: Any) -> Callable:
+    def _runner(self, compiled: Any, names: Iterable[str]) -> Callable:
+        places = [self.kernel.arg_names.index(name) for name in names]
         run = compiled[self.grid]
         if compiled.metadata.global_scratch_size:
-            return functools.partial(_with_allocator, self.device, run)
-        return run
+            run = functools.partial(_with_allocator, self.device, run)
+
+        def run_at(addresses: list[int]) -> None:
+            values = self.values.copy()
+            for place, address in zip(places, addresses, strict=True):
+                values[place] = address
+            run(*values)
+
+        return run_at
 
 
 # kernels by what they were compiled for: the compiler's own look-up takes the host longer than a launch
