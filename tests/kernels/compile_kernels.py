@@ -17,11 +17,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 DTYPES = {"bfloat16": ("bf16", torch.bfloat16), "float16": ("fp16", torch.float16), "float32": ("fp32", torch.float32)}
-STATES = {"dh_ptr", "states_ptr", "opposite_ptr"}
+STATES = {"h_ptr", "dh_ptr", "states_ptr", "opposite_ptr"}
 # pointers that hold the dtype of x; the others hold float32, and indices int32
 IN_X_DTYPE = {
-    "x_ptr", "dy_ptr", "z_ptr", "rows_ptr", "cols_ptr", "others_ptr", "B_ptr", "C_ptr", "dh_ptr", "dx_ptr", "y_ptr",
-    "ungated_ptr", "states_ptr", "opposite_ptr", "Q_ptr", "dt_ptr", "ddt_ptr", "d_ungated_ptr", "dz_ptr",
+    "x_ptr", "dy_ptr", "z_ptr", "rows_ptr", "cols_ptr", "others_ptr", "B_ptr", "C_ptr", "h_ptr", "dh_ptr", "dx_ptr",
+    "y_ptr", "ungated_ptr", "states_ptr", "opposite_ptr", "Q_ptr", "dt_ptr", "ddt_ptr", "d_ungated_ptr", "dz_ptr",
 }  # fmt: skip
 
 
@@ -30,12 +30,14 @@ def cases(choice, dtype):
     precision = "tf32x3" if dtype == torch.float32 else "tf32"
     scaled = {"SCALED": dtype != torch.float32 and choice.sweep_N == choice.N}
     state = {"P": choice.P, "PT": choice.P_tiles, "PRECISION": precision}
-    for reverse in (False, True):
-        yield (
-            f"sweep{'_reverse' * reverse}", sweep.sweep_kernel, choice.sweep,
-            state | {"L": choice.chunk, "N": choice.sweep_N, "NT": choice.N // choice.sweep_N, "REVERSE": reverse,
-                     "HAS_ROWS": True, "STORE": True, **scaled, "ONLY_LEAVING": False, "PREFETCH": True},
-        )  # fmt: skip
+    for name, launch in {"sweep": choice.sweep, "paired_sweep": choice.paired_sweep}.items():
+        if launch is not None:
+            yield (
+                name, sweep.sweep_kernel, launch,
+                state | {"L": choice.chunk, "N": choice.sweep_N, "NT": choice.N // choice.sweep_N,
+                         "T": 2 if name == "paired_sweep" else 1, "HAS_ROWS": True, "STORE": True, **scaled,
+                         "PREFETCH": True},
+            )  # fmt: skip
     for gated in (False, True):
         yield (
             f"scan{'_gated' * gated}", scan.scan_kernel, choice.scan,

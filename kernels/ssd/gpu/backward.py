@@ -12,6 +12,7 @@ from .config import Config, Launch
 from .forward import (
     HEADS_PER_STEP_PROGRAM,
     Steps,
+    Way,
     compiler_options,
     discretize,
     skip_strides,
@@ -74,17 +75,11 @@ def backward(
     for first_head in range(0, problem.nheads, heads):
         wave = Wave(first_head, heads, heads_per_program)
         # the state entering each chunk and the gradient of the one leaving it
-        sweep(
-            problem, steps, size, rows=x, cols=B, reverse=False, enter=state, enter_index=state_index,
-            leave=made.unread, leave_index=none, states=made.h, scales=made.h_scales, first_head=first_head,
-            wheads=heads,
-        )  # fmt: skip
-        sweep(
-            problem, steps, size, rows=dy, cols=C, reverse=True, enter=d_state, enter_index=d_index,
-            leave=made.unread if d_initial is None else d_initial,
-            leave_index=none if d_initial is None else table.first_initial,
-            states=made.dh, scales=made.dh_scales, first_head=first_head, wheads=heads,
-        )  # fmt: skip
+        ahead = Way(x, B, state, state_index, made.unread, none, made.h, made.h_scales)
+        d_leave = (made.unread, none) if d_initial is None else (d_initial, table.first_initial)
+        back = Way(dy, C, d_state, d_index, *d_leave, made.dh, made.dh_scales)
+        for ways in [(ahead, back)] if dy is not None else [(ahead, None), (None, back)]:
+            sweep(problem, steps, size, *ways, first_head, heads)
         if dy is not None:
             _pairs(problem, steps, dy, made, wave)
             _outside(problem, steps, dy, made, wave, source=False)

@@ -51,34 +51,83 @@ def discretize(problem: Problem, size: int) -> Steps:
     return Steps(cum, log_dt, weight, steepest)
 
 
+@dataclass(frozen=True)
+class Way:
+    """A sweep of the spans in one direction: rows (x or dy) and columns (B or C), if any, what enters and what leaves
+    each span and where that lies, and room for the state of each chunk, if they are kept."""
+
+    rows: Tensor | None
+    cols: Tensor | None
+    enter: Tensor | None
+    enter_index: Tensor
+    leave: Tensor
+    leave_index: Tensor
+    states: Tensor | None = None
+    scales: Tensor | None = None
+
+
 def sweep(
-    problem: Problem, steps: Steps, size: int, *, rows: Tensor | None, cols: Tensor | None, reverse: bool,
-    enter: Tensor | None, enter_index: Tensor, leave: Tensor, leave_index: Tensor, states: Tensor | None = None,
-    scales: Tensor | None = None, first_head: int = 0, wheads: int | None = None,
+    problem: Problem, steps: Steps, size: int, ahead: Way | None = None, back: Way | None = None,
+    first_head: int = 0, wheads: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Runs `sweep_kernel`; returns the total log2 decay of every span, (nspans, nheads)."""
+    """Runs `sweep_kernel` in one direction or in both; returns the total log2 decay of every span, (nspans, nheads),
+    where no states are kept."""
     config, chunks, nspans = problem.config, problem.table.by_chunk[size], problem.table.nspans
     heads = problem.nheads if wheads is None else wheads
-    N_tiles = config.N // config.sweep_N
-    decay = problem.x.new_empty(nspans, problem.nheads, dtype=torch.float32)
-    some = problem.x  # stands for a pointer that is not read
+    first = ahead or back
+    second = back or ahead
+    assert first is not None
+    assert second is not None
+    rows = first.rows, second.rows
+    store = first.states is not None
+    decay = problem.x.new_empty(0 if store else nspans, problem.nheads, dtype=torch.float32)
+
+    def describe() -> dict[str, Any]:
+        paired = config.paired_sweep is not None and _side_by_side(problem, heads, *rows)
+        tiles, launch = (2, config.paired_sweep) if paired else (1, config.sweep)
+        N_tiles = config.N // config.sweep_N
+        programs = nspans * heads * config.P_tiles // tiles * N_tiles
+        return dict(
+            grid=(programs * (2 if ahead and back else 1),), programs=programs if ahead else 0, nspans=nspans,
+            nchunks=chunks.count, **strides("x", rows[0]), **strides("B", first.cols, "group"),
+            **strides("dy", rows[1]), **strides("C", second.cols, "group"), first_head=first_head, wheads=heads,
+            **problem.sizes, L=size, P=config.P, N=config.sweep_N, PT=config.P_tiles, NT=N_tiles, T=tiles,
+            HAS_ROWS=rows[0] is not None, STORE=store, SCALED=store and problem.scaled, PREFETCH=not INTERPRETED,
+            PRECISION=problem.plan.precision, **compiler_options(launch),
+        )  # fmt: skip
+
+    variant = [None if r is None else r.stride() for r in rows]
     problem.run(
-        sweep_kernel,
-        (size, reverse, None if rows is None else rows.stride(), states is None, first_head, heads),
-        lambda: dict(
-            grid=(nspans * heads * config.P_tiles * N_tiles,), nspans=nspans, nchunks=chunks.count,
-            **strides("", rows), **strides("col", cols), first_head=first_head, wheads=heads, **problem.sizes,
-            L=size, P=config.P, N=config.sweep_N, PT=config.P_tiles, NT=N_tiles, REVERSE=reverse,
-            HAS_ROWS=rows is not None, STORE=states is not None, SCALED=problem.scaled, ONLY_LEAVING=states is None,
-            PREFETCH=not INTERPRETED, PRECISION=problem.plan.precision, **compiler_options(config.sweep),
-        ),
-        rows_ptr=some if rows is None else rows, cols_ptr=some if cols is None else cols,
-        cum_ptr=steps.cum, weight_ptr=steps.weight, enter_ptr=leave if enter is None else enter,
-        enter_index_ptr=enter_index, leave_ptr=leave, leave_index_ptr=leave_index, decay_ptr=decay,
-        states_ptr=some if states is None else states, scales_ptr=decay if scales is None else scales,
-        spans_ptr=chunks.spans,
+        sweep_kernel, (size, ahead is None, back is None, *variant, store, first_head, heads), describe,
+        **_pointers(first, problem.x, "x", "B", "", "h"), **_pointers(second, problem.x, "dy", "C", "d_", "dh"),
+        cum_ptr=steps.cum, weight_ptr=steps.weight, decay_ptr=decay, spans_ptr=chunks.spans,
     )  # fmt: skip
     return decay
+
+
+def _side_by_side(problem: Problem, heads: int, *rows: Tensor | None) -> bool:
+    """Whether two tiles of channels are next to each other in memory and of one group, for all of `heads`."""
+    tiles = problem.config.P_tiles
+    width = problem.config.P * tiles
+    return (
+        heads * tiles % 2 == 0
+        and problem.nheads // problem.ngroups * tiles % 2 == 0
+        and all(r is not None and r.stride(2) == r.shape[3] == width for r in rows)
+    )
+
+
+def _pointers(way: Way, some: Tensor, rows: str, cols: str, prefix: str, states: str) -> dict[str, Tensor]:
+    """A way's arguments by name; others stand for pointers that are not read."""
+    return {
+        f"{rows}_ptr": some if way.rows is None else way.rows,
+        f"{cols}_ptr": some if way.cols is None else way.cols,
+        f"{prefix}enter_ptr": way.leave if way.enter is None else way.enter,
+        f"{prefix}enter_index_ptr": way.enter_index,
+        f"{prefix}leave_ptr": way.leave,
+        f"{prefix}leave_index_ptr": way.leave_index,
+        f"{states}_ptr": some if way.states is None else way.states,
+        f"{states}_scales_ptr": way.leave if way.scales is None else way.scales,
+    }
 
 
 def _pass(
@@ -111,10 +160,8 @@ def what_enters(
     """What enters every span of cut documents: states, or in reverse the gradients of those that leave."""
     table = problem.table
     left = new_states(problem, table.nspans)
-    decay = sweep(
-        problem, steps, size, rows=rows, cols=cols, reverse=reverse, enter=None,
-        enter_index=table.no_span, leave=left, leave_index=table.follows if reverse else table.precedes,
-    )  # fmt: skip
+    way = Way(rows, cols, None, table.no_span, left, table.follows if reverse else table.precedes)
+    decay = sweep(problem, steps, size, *(None, way) if reverse else (way, None))
     documents = table.document_final if reverse else table.document_initial
     return _pass(
         problem, left, decay, initial, documents if initial is not None else table.no_document, reverse=reverse
@@ -126,10 +173,8 @@ def leaving(problem: Problem, count: int) -> tuple[Tensor, Tensor]:
     (count, nheads)."""
     table, size = problem.table, problem.config.chunk
     left = new_states(problem, table.nspans)
-    decay = sweep(
-        problem, discretize(problem, size), size, rows=problem.x, cols=problem.B, reverse=False,
-        enter=None, enter_index=table.no_span, leave=left, leave_index=table.wanted,
-    )  # fmt: skip
+    way = Way(problem.x, problem.B, None, table.no_span, left, table.wanted)
+    decay = sweep(problem, discretize(problem, size), size, way)
     final = new_states(problem, count), problem.x.new_empty(count, problem.nheads, dtype=torch.float32)
     _pass(problem, left, decay, None, table.no_document, final=final, final_index=table.document_final)
     return unpad_states(problem, final[0]), final[1]
@@ -141,11 +186,8 @@ def entering_gradient(problem: Problem, count: int) -> Tensor:
     steps = discretize(problem, size)
     d_initial = new_states(problem, count).zero_()
     gradient = None if not table.cut else what_enters(problem, steps, size, None, True, problem.x, problem.C)
-    sweep(
-        problem, steps, size, rows=problem.x, cols=problem.C, reverse=True, enter=gradient,
-        enter_index=table.span_itself if table.cut else table.no_span, leave=d_initial,
-        leave_index=table.first_initial,
-    )  # fmt: skip
+    index = table.span_itself if table.cut else table.no_span
+    sweep(problem, steps, size, back=Way(problem.x, problem.C, gradient, index, d_initial, table.first_initial))
     return unpad_states(problem, d_initial)
 
 

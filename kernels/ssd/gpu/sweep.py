@@ -8,27 +8,50 @@ from .tiles import head_tokens, place, power_above, prefetch, state_pointers
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["nspans", "nchunks", "first_head", "wheads", "nheads", "ngroups", "headdim", "d_state"])
-def sweep_kernel(
-    rows_ptr, cols_ptr, cum_ptr, weight_ptr, enter_ptr, enter_index_ptr, leave_ptr, leave_index_ptr, decay_ptr,
-    states_ptr, scales_ptr, spans_ptr, nspans, nchunks,
-    row_stride, token_stride, head_stride, col_row_stride, col_token_stride, col_head_stride,
-    first_head, wheads, nheads, ngroups, headdim, d_state,
-    L: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr, NT: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_ROWS: tl.constexpr, STORE: tl.constexpr, SCALED: tl.constexpr,
-    ONLY_LEAVING: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """h <- 2^(cum_end) h + sum_l weight_l x_l B_l^T over the chunks of a span; in REVERSE, with the rows dy and the
-    columns C, dh <- 2^(cum_end) dh + sum_l 2^(cum_l) dy_l C_l^T from its last chunk to its first.
+@triton.jit
+def _times(state, factors, T: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
+    """T states, one above the other, each times its factor."""
+    return (state.reshape(T, P, N) * factors[:, None, None]).reshape(T * P, N)
 
-    STORE keeps the state that enters each chunk, in REVERSE the gradient of the one that leaves it: in the dtype of x,
-    or SCALED, in float16 times a power of two that scales undoes.
-    ONLY_LEAVING skips spans whose result nobody reads. One program a (span, head, tile of the state).
+
+@triton.jit(
+    do_not_specialize=[
+        "nspans", "nchunks", "programs", "first_head", "wheads", "nheads", "ngroups", "headdim", "d_state",
+    ]
+)  # fmt: skip
+def sweep_kernel(
+    x_ptr, B_ptr, enter_ptr, enter_index_ptr, leave_ptr, leave_index_ptr, h_ptr, h_scales_ptr,
+    dy_ptr, C_ptr, d_enter_ptr, d_enter_index_ptr, d_leave_ptr, d_leave_index_ptr, dh_ptr, dh_scales_ptr,
+    cum_ptr, weight_ptr, decay_ptr, spans_ptr, nspans, nchunks, programs,
+    x_row_stride, x_token_stride, x_head_stride, B_row_stride, B_token_stride, B_group_stride,
+    dy_row_stride, dy_token_stride, dy_head_stride, C_row_stride, C_token_stride, C_group_stride,
+    first_head, wheads, nheads, ngroups, headdim, d_state,
+    L: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr, NT: tl.constexpr, T: tl.constexpr,
+    HAS_ROWS: tl.constexpr, STORE: tl.constexpr, SCALED: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """h <- 2^(cum_end) h + sum_l weight_l x_l B_l^T over the chunks of a span, and from its last chunk to its first
+    dh <- 2^(cum_end) dh + sum_l 2^(cum_l) dy_l C_l^T. The first `programs` programs do the former, the others the
+    latter, so that one fills the machine while the other ends.
+
+    STORE keeps the state that enters each chunk and the gradient of the one that leaves it, in the dtype of x, or
+    SCALED, in float16 times a power of two that scales undo. Otherwise spans whose result nobody reads are skipped.
+    One program a (span, T tiles of P channels, tile of d_state); T = 2, for heads of one group that lie side by side,
+    reads B and C once for both.
     """
     pid = tl.program_id(0)
+    reverse = pid >= programs
+    if reverse:
+        pid -= programs
+        x_ptr, B_ptr, h_ptr, h_scales_ptr, weight_ptr = dy_ptr, C_ptr, dh_ptr, dh_scales_ptr, cum_ptr
+        enter_ptr, enter_index_ptr, leave_ptr, leave_index_ptr = (
+            d_enter_ptr, d_enter_index_ptr, d_leave_ptr, d_leave_index_ptr,
+        )  # fmt: skip
+        x_row_stride, x_token_stride, x_head_stride = dy_row_stride, dy_token_stride, dy_head_stride
+        B_row_stride, B_token_stride, B_group_stride = C_row_stride, C_token_stride, C_group_stride
     n_tile = pid % NT
-    v = (pid // NT) % (wheads * PT)
-    span = pid // (NT * wheads * PT)
+    tiles_of_span = wheads * PT // T
+    v = pid // NT % tiles_of_span * T
+    span = pid // NT // tiles_of_span
     head = first_head + v // PT
     p_tile = v % PT
     group = head // (nheads // ngroups)
@@ -36,60 +59,61 @@ def sweep_kernel(
     first = tl.load(spans_ptr + 3 * nspans + span)
     count = tl.load(spans_ptr + 4 * nspans + span)
     leave = tl.load(leave_index_ptr + span)
-    if ONLY_LEAVING:
+    if not STORE:
         count = tl.where(leave >= 0, count, 0)
     if HAS_ROWS:
-        rows = head_tokens(rows_ptr, row, start, length, row_stride, token_stride, head, head_stride, headdim, L, P)
-        cols = head_tokens(
-            cols_ptr, row, start, length, col_row_stride, col_token_stride, group, col_head_stride, d_state, L, N
+        width = headdim
+        if PT == 1:
+            width = T * headdim
+        rows = head_tokens(
+            x_ptr, row, start, length, x_row_stride, x_token_stride, head, x_head_stride, width, L, T * P
         )
-    steps = (head.to(tl.int64) * nchunks + first) * L
-    cum_ptr += steps
-    weight_ptr += steps
+        cols = head_tokens(
+            B_ptr, row, start, length, B_row_stride, B_token_stride, group, B_group_stride, d_state, L, N
+        )
+    # of each of the T tiles
+    tiles = v + tl.arange(0, T)
+    heads = first_head + tiles // PT
+    steps = (heads.to(tl.int64) * nchunks + first) * L
     offs_l = tl.arange(0, L)
     enter = tl.load(enter_index_ptr + span)
-    state = tl.zeros([P, N], tl.float32)
+    state = tl.zeros([T * P, N], tl.float32)
     if enter >= 0:
-        state = tl.load(state_pointers(enter_ptr, enter.to(tl.int64) * nheads + head, p_tile, n_tile, P, N, PT, NT))
+        index = enter.to(tl.int64) * nheads + head
+        state = tl.load(state_pointers(enter_ptr, index, p_tile, n_tile, P, N, PT, NT, T))
     if STORE:
-        dtype = states_ptr.dtype.element_ty
+        dtype = h_ptr.dtype.element_ty
         kept = tl.make_tensor_descriptor(
-            states_ptr + first.to(tl.int64) * (wheads * PT * P * NT * N),
+            h_ptr + first.to(tl.int64) * (wheads * PT * P * NT * N),
             [count * wheads * PT * P, NT * N],
             [NT * N, 1],
-            [P, N],
+            [T * P, N],
         )
-    total = 0.0
+    total = tl.zeros([T], tl.float32)
     for step in tl.range(0, count):
-        chunk = step
-        if REVERSE:
-            chunk = count - 1 - step
+        chunk = tl.where(reverse, count - 1 - step, step)
         t = chunk * L
-        end = tl.load(cum_ptr + t + L - 1)
+        end = tl.load(cum_ptr + steps + t + L - 1)
         if STORE:
             if SCALED:
-                up, down = power_above(tl.max(tl.max(tl.abs(state), 1), 0))
-                kept.store([(chunk * wheads * PT + v) * P, n_tile * N], (state * up).to(dtype))
-                tl.store(scales_ptr + (first + chunk).to(tl.int64) * (wheads * PT) + v, down)
+                up, down = power_above(tl.max(tl.max(tl.abs(state).reshape(T, P, N), 2), 1))
+                kept.store([(chunk * wheads * PT + v) * P, n_tile * N], _times(state, up, T, P, N).to(dtype))
+                tl.store(h_scales_ptr + (first + chunk).to(tl.int64) * (wheads * PT) + tiles, down)
             else:
                 kept.store([(chunk * wheads * PT + v) * P, n_tile * N], state.to(dtype))
-        state *= tl.exp2(end)
+        state = _times(state, tl.exp2(end), T, P, N)
         if HAS_ROWS:
             r = rows.load([t, p_tile * P])
             k = cols.load([t, n_tile * N])
-            if REVERSE:
-                weight = tl.exp2(tl.load(cum_ptr + t + offs_l))
-            else:
-                weight = tl.load(weight_ptr + t + offs_l)
+            at = steps[None, :] + t + offs_l[:, None]
+            weight = tl.load(weight_ptr + at)
+            weight = tl.where(reverse, tl.exp2(weight), weight)
             if PREFETCH:
-                if REVERSE:
-                    later = tl.maximum(t - L, 0)
-                else:
-                    later = tl.minimum(t + L, (count - 1) * L)
+                later = tl.where(reverse, tl.maximum(t - L, 0), tl.minimum(t + L, (count - 1) * L))
                 token = start + tl.minimum(later + offs_l, length - 1)
-                base = rows_ptr + row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride
-                prefetch(base + token.to(tl.int64) * token_stride)
-            weighted = r.to(tl.float32) * weight[:, None]
+                base = x_ptr + row.to(tl.int64) * x_row_stride + head.to(tl.int64) * x_head_stride + p_tile * P
+                prefetch(base + token[:, None].to(tl.int64) * x_token_stride + tl.arange(0, T)[None, :] * P)
+            weighted = (r.to(tl.float32).reshape(L, T, P) * weight[:, :, None]).reshape(L, T * P)
             high = weighted.to(r.dtype)
             state = tl.dot(tl.trans(high), k, state, input_precision=PRECISION)
             if r.dtype != tl.float32:
@@ -98,9 +122,10 @@ def sweep_kernel(
                 state = tl.dot(tl.trans(low), k, state)
         total += end
     if leave >= 0:
-        tl.store(state_pointers(leave_ptr, leave.to(tl.int64) * nheads + head, p_tile, n_tile, P, N, PT, NT), state)
-    if (p_tile == 0) & (n_tile == 0):
-        tl.store(decay_ptr + span.to(tl.int64) * nheads + head, total)
+        index = leave.to(tl.int64) * nheads + head
+        tl.store(state_pointers(leave_ptr, index, p_tile, n_tile, P, N, PT, NT, T), state)
+    if not STORE:
+        tl.store(decay_ptr + span.to(tl.int64) * nheads + heads, total, mask=(tiles % PT == 0) & (n_tile == 0))
 
 
 @triton.jit(do_not_specialize=["ndocuments", "nheads"])
