@@ -30,14 +30,11 @@ def cases(choice, dtype):
     precision = "tf32x3" if dtype == torch.float32 else "tf32"
     scaled = {"SCALED": dtype != torch.float32 and choice.sweep_N == choice.N}
     state = {"P": choice.P, "PT": choice.P_tiles, "PRECISION": precision}
-    for name, launch in {"sweep": choice.sweep, "paired_sweep": choice.paired_sweep}.items():
-        if launch is not None:
-            yield (
-                name, sweep.sweep_kernel, launch,
-                state | {"L": choice.chunk, "N": choice.sweep_N, "NT": choice.N // choice.sweep_N,
-                         "T": 2 if name == "paired_sweep" else 1, "HAS_ROWS": True, "STORE": True, **scaled,
-                         "PREFETCH": True},
-            )  # fmt: skip
+    yield (
+        "sweep", sweep.sweep_kernel, choice.sweep,
+        state | {"L": choice.chunk, "N": choice.sweep_N, "NT": choice.N // choice.sweep_N, "HAS_ROWS": True,
+                 "STORE": True, **scaled, "PREFETCH": True},
+    )  # fmt: skip
     for gated in (False, True):
         yield (
             f"scan{'_gated' * gated}", scan.scan_kernel, choice.scan,

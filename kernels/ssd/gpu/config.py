@@ -26,7 +26,7 @@ class Config:
 
     scan_chunk: tokens of a chunk in the forward pass; chunk: in the backward pass; block: source tokens of a program
     there, chunk or chunk / 2; P and N: tile of a state, P_tiles and sweep_N: how many channel tiles a head has and the
-    state dimensions of a tile in the sweeps, which work on two tiles at a time (paired_sweep) where they can.
+    state dimensions of a tile in the sweeps.
     """
 
     scan_chunk: int
@@ -38,7 +38,6 @@ class Config:
     sweep_N: int
     scan: Launch
     sweep: Launch
-    paired_sweep: Launch | None
     pairs: Launch
     dx: Launch
     outside: Launch
@@ -72,24 +71,23 @@ def choose(headdim: int, d_state: int, dtype: torch.dtype, capability: int) -> C
         small = 16 if N == 256 else 32
         return Config(
             16, small, small, P, channels // P, N, min(N, 128),
-            Launch(4, 1), Launch(4, 1), None, Launch(4, 1), Launch(4, 1), Launch(4, 1),
+            Launch(4, 1), Launch(4, 1), Launch(4, 1), Launch(4, 1), Launch(4, 1),
         )  # fmt: skip
     P = min(channels, 64)
     if N == 256:
         return Config(
             32, 32, 32, P, channels // P, N, 128,
-            Launch(8, 1), Launch(4, 2), None, Launch(4, 1), Launch(4, 1), Launch(4, 1),
+            Launch(8, 1), Launch(4, 2), Launch(4, 1), Launch(4, 1), Launch(4, 1),
         )  # fmt: skip
     if large:
-        hopper = capability == 90
         return Config(
             64, 128, 64, P, channels // P, N, N,
-            Launch(4, 2), Launch(4, 2 if hopper else 1), Launch(8, 3) if hopper else None,
-            Launch(4, 3), Launch(4, 2), Launch(8, 3),
+            # elsewhere Triton 3.6 pipelines no loop that stores by a descriptor
+            Launch(4, 2), Launch(4, 2 if capability == 90 else 1), Launch(4, 3), Launch(4, 2), Launch(8, 3),
         )  # fmt: skip
     return Config(
         64, 64, 64, P, channels // P, N, N,
-        Launch(8, 2), Launch(4, 2), None, Launch(4, 2), Launch(8, 1), Launch(4, 2),
+        Launch(8, 2), Launch(4, 2), Launch(4, 2), Launch(8, 1), Launch(4, 2),
     )  # fmt: skip
 
 

@@ -83,17 +83,15 @@ def sweep(
     decay = problem.x.new_empty(0 if store else nspans, problem.nheads, dtype=torch.float32)
 
     def describe() -> dict[str, Any]:
-        paired = config.paired_sweep is not None and _side_by_side(problem, heads, *rows)
-        tiles, launch = (2, config.paired_sweep) if paired else (1, config.sweep)
         N_tiles = config.N // config.sweep_N
-        programs = nspans * heads * config.P_tiles // tiles * N_tiles
+        programs = nspans * heads * config.P_tiles * N_tiles
         return dict(
             grid=(programs * (2 if ahead and back else 1),), programs=programs if ahead else 0, nspans=nspans,
             nchunks=chunks.count, **strides("x", rows[0]), **strides("B", first.cols, "group"),
             **strides("dy", rows[1]), **strides("C", second.cols, "group"), first_head=first_head, wheads=heads,
-            **problem.sizes, L=size, P=config.P, N=config.sweep_N, PT=config.P_tiles, NT=N_tiles, T=tiles,
+            **problem.sizes, L=size, P=config.P, N=config.sweep_N, PT=config.P_tiles, NT=N_tiles,
             HAS_ROWS=rows[0] is not None, STORE=store, SCALED=store and problem.scaled, PREFETCH=not INTERPRETED,
-            PRECISION=problem.plan.precision, **compiler_options(launch),
+            PRECISION=problem.plan.precision, **compiler_options(config.sweep),
         )  # fmt: skip
 
     variant = [None if r is None else r.stride() for r in rows]
@@ -103,17 +101,6 @@ def sweep(
         cum_ptr=steps.cum, weight_ptr=steps.weight, decay_ptr=decay, spans_ptr=chunks.spans,
     )  # fmt: skip
     return decay
-
-
-def _side_by_side(problem: Problem, heads: int, *rows: Tensor | None) -> bool:
-    """Whether two tiles of channels are next to each other in memory and of one group, for all of `heads`."""
-    tiles = problem.config.P_tiles
-    width = problem.config.P * tiles
-    return (
-        heads * tiles % 2 == 0
-        and problem.nheads // problem.ngroups * tiles % 2 == 0
-        and all(r is not None and r.stride(2) == r.shape[3] == width for r in rows)
-    )
 
 
 def _pointers(way: Way, some: Tensor, rows: str, cols: str, prefix: str, states: str) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ def scan_kernel(
     enter = tl.load(enter_index_ptr + span)
     state = tl.zeros([P, N], tl.float32)
     if enter >= 0:
-        state = tl.load(state_pointers(enter_ptr, enter.to(tl.int64) * nheads + head, p_tile, 0, P, N, PT, 1, 1))
+        state = tl.load(state_pointers(enter_ptr, enter.to(tl.int64) * nheads + head, p_tile, 0, P, N, PT, 1))
     if HAS_D:
         D = skip_weights(D_ptr, head, p_tile, D_head_stride, D_channel_stride, headdim, P)
     for chunk in tl.range(0, count):
@@ -94,4 +94,4 @@ def scan_kernel(
         state = tl.dot(tl.trans(weighted), B, state * tl.exp2(end), input_precision=PRECISION)
     leave = tl.load(leave_index_ptr + span)
     if leave >= 0:
-        tl.store(state_pointers(leave_ptr, leave.to(tl.int64) * nheads + head, p_tile, 0, P, N, PT, 1, 1), state)
+        tl.store(state_pointers(leave_ptr, leave.to(tl.int64) * nheads + head, p_tile, 0, P, N, PT, 1), state)

@@ -8,17 +8,10 @@ from .tiles import head_tokens, place, power_above, prefetch, state_pointers
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
-def _times(state, factors, T: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
-    """T states, one above the other, each times its factor."""
-    return (state.reshape(T, P, N) * factors[:, None, None]).reshape(T * P, N)
+SIZES = ["nspans", "nchunks", "programs", "first_head", "wheads", "nheads", "ngroups", "headdim", "d_state"]
 
 
-@triton.jit(
-    do_not_specialize=[
-        "nspans", "nchunks", "programs", "first_head", "wheads", "nheads", "ngroups", "headdim", "d_state",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
 def sweep_kernel(
     x_ptr, B_ptr, enter_ptr, enter_index_ptr, leave_ptr, leave_index_ptr, h_ptr, h_scales_ptr,
     dy_ptr, C_ptr, d_enter_ptr, d_enter_index_ptr, d_leave_ptr, d_leave_index_ptr, dh_ptr, dh_scales_ptr,
@@ -26,17 +19,15 @@ def sweep_kernel(
     x_row_stride, x_token_stride, x_head_stride, B_row_stride, B_token_stride, B_group_stride,
     dy_row_stride, dy_token_stride, dy_head_stride, C_row_stride, C_token_stride, C_group_stride,
     first_head, wheads, nheads, ngroups, headdim, d_state,
-    L: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr, NT: tl.constexpr, T: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr, NT: tl.constexpr,
     HAS_ROWS: tl.constexpr, STORE: tl.constexpr, SCALED: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """h <- 2^(cum_end) h + sum_l weight_l x_l B_l^T over the chunks of a span, and from its last chunk to its first
-    dh <- 2^(cum_end) dh + sum_l 2^(cum_l) dy_l C_l^T. The first `programs` programs do the former, the others the
-    latter, so that one fills the machine while the other ends.
+    dh <- 2^(cum_end) dh + sum_l 2^(cum_l) dy_l C_l^T. One program a (span, head, tile of the state): the first
+    `programs` do the former, the others the latter, so that one fills the machine while the other ends.
 
     STORE keeps the state that enters each chunk and the gradient of the one that leaves it, in the dtype of x, or
     SCALED, in float16 times a power of two that scales undo. Otherwise spans whose result nobody reads are skipped.
-    One program a (span, T tiles of P channels, tile of d_state); T = 2, for heads of one group that lie side by side,
-    reads B and C once for both.
     """
     pid = tl.program_id(0)
     reverse = pid >= programs
@@ -49,9 +40,8 @@ def sweep_kernel(
         x_row_stride, x_token_stride, x_head_stride = dy_row_stride, dy_token_stride, dy_head_stride
         B_row_stride, B_token_stride, B_group_stride = C_row_stride, C_token_stride, C_group_stride
     n_tile = pid % NT
-    tiles_of_span = wheads * PT // T
-    v = pid // NT % tiles_of_span * T
-    span = pid // NT // tiles_of_span
+    v = (pid // NT) % (wheads * PT)
+    span = pid // (NT * wheads * PT)
     head = first_head + v // PT
     p_tile = v % PT
     group = head // (nheads // ngroups)
@@ -62,70 +52,61 @@ def sweep_kernel(
     if not STORE:
         count = tl.where(leave >= 0, count, 0)
     if HAS_ROWS:
-        width = headdim
-        if PT == 1:
-            width = T * headdim
-        rows = head_tokens(
-            x_ptr, row, start, length, x_row_stride, x_token_stride, head, x_head_stride, width, L, T * P
-        )
+        rows = head_tokens(x_ptr, row, start, length, x_row_stride, x_token_stride, head, x_head_stride, headdim, L, P)
         cols = head_tokens(
             B_ptr, row, start, length, B_row_stride, B_token_stride, group, B_group_stride, d_state, L, N
         )
-    # of each of the T tiles
-    tiles = v + tl.arange(0, T)
-    heads = first_head + tiles // PT
-    steps = (heads.to(tl.int64) * nchunks + first) * L
+    steps = (head.to(tl.int64) * nchunks + first) * L
+    cum_ptr += steps
+    weight_ptr += steps
     offs_l = tl.arange(0, L)
     enter = tl.load(enter_index_ptr + span)
-    state = tl.zeros([T * P, N], tl.float32)
+    state = tl.zeros([P, N], tl.float32)
     if enter >= 0:
-        index = enter.to(tl.int64) * nheads + head
-        state = tl.load(state_pointers(enter_ptr, index, p_tile, n_tile, P, N, PT, NT, T))
+        state = tl.load(state_pointers(enter_ptr, enter.to(tl.int64) * nheads + head, p_tile, n_tile, P, N, PT, NT))
     if STORE:
         dtype = h_ptr.dtype.element_ty
         kept = tl.make_tensor_descriptor(
             h_ptr + first.to(tl.int64) * (wheads * PT * P * NT * N),
             [count * wheads * PT * P, NT * N],
             [NT * N, 1],
-            [T * P, N],
+            [P, N],
         )
-    total = tl.zeros([T], tl.float32)
+    total = 0.0
     for step in tl.range(0, count):
         chunk = tl.where(reverse, count - 1 - step, step)
         t = chunk * L
-        end = tl.load(cum_ptr + steps + t + L - 1)
+        end = tl.load(cum_ptr + t + L - 1)
         if STORE:
             if SCALED:
-                up, down = power_above(tl.max(tl.max(tl.abs(state).reshape(T, P, N), 2), 1))
-                kept.store([(chunk * wheads * PT + v) * P, n_tile * N], _times(state, up, T, P, N).to(dtype))
-                tl.store(h_scales_ptr + (first + chunk).to(tl.int64) * (wheads * PT) + tiles, down)
+                up, down = power_above(tl.max(tl.max(tl.abs(state), 1), 0))
+                kept.store([(chunk * wheads * PT + v) * P, n_tile * N], (state * up).to(dtype))
+                tl.store(h_scales_ptr + (first + chunk).to(tl.int64) * (wheads * PT) + v, down)
             else:
                 kept.store([(chunk * wheads * PT + v) * P, n_tile * N], state.to(dtype))
-        state = _times(state, tl.exp2(end), T, P, N)
+        state *= tl.exp2(end)
         if HAS_ROWS:
             r = rows.load([t, p_tile * P])
             k = cols.load([t, n_tile * N])
-            at = steps[None, :] + t + offs_l[:, None]
-            weight = tl.load(weight_ptr + at)
+            weight = tl.load(weight_ptr + t + offs_l)
             weight = tl.where(reverse, tl.exp2(weight), weight)
             if PREFETCH:
                 later = tl.where(reverse, tl.maximum(t - L, 0), tl.minimum(t + L, (count - 1) * L))
                 token = start + tl.minimum(later + offs_l, length - 1)
-                base = x_ptr + row.to(tl.int64) * x_row_stride + head.to(tl.int64) * x_head_stride + p_tile * P
-                prefetch(base + token[:, None].to(tl.int64) * x_token_stride + tl.arange(0, T)[None, :] * P)
-            weighted = (r.to(tl.float32).reshape(L, T, P) * weight[:, :, None]).reshape(L, T * P)
+                base = x_ptr + row.to(tl.int64) * x_row_stride + head.to(tl.int64) * x_head_stride
+                prefetch(base + token.to(tl.int64) * x_token_stride)
+            weighted = r.to(tl.float32) * weight[:, None]
             high = weighted.to(r.dtype)
-            state = tl.dot(tl.trans(high), k, state, input_precision=PRECISION)
-            if r.dtype != tl.float32:
-                # what rounding took away: the gradient of A is a sum over all of it
+            if STORE and r.dtype != tl.float32:
+                # what rounding takes away: in every chunk, it would be most of the error of the gradient of A
                 low = (weighted - high.to(tl.float32)).to(r.dtype)
                 state = tl.dot(tl.trans(low), k, state)
+            state = tl.dot(tl.trans(high), k, state, input_precision=PRECISION)
         total += end
     if leave >= 0:
-        index = leave.to(tl.int64) * nheads + head
-        tl.store(state_pointers(leave_ptr, index, p_tile, n_tile, P, N, PT, NT, T), state)
-    if not STORE:
-        tl.store(decay_ptr + span.to(tl.int64) * nheads + heads, total, mask=(tiles % PT == 0) & (n_tile == 0))
+        tl.store(state_pointers(leave_ptr, leave.to(tl.int64) * nheads + head, p_tile, n_tile, P, N, PT, NT), state)
+    if not STORE and (p_tile == 0) & (n_tile == 0):
+        tl.store(decay_ptr + span.to(tl.int64) * nheads + head, total)
 
 
 @triton.jit(do_not_specialize=["ndocuments", "nheads"])

@@ -66,12 +66,10 @@ def store_tokens(descriptor, token, head, column, width, tile, L: tl.constexpr, 
 
 
 @triton.jit
-def state_pointers(
-    ptr, index, p_tile, n_tile, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr, NT: tl.constexpr, T: tl.constexpr
-):
-    """Pointers to tile (p_tile, n_tile) of the state at `index` of a (..., PT * P, NT * N) tensor, and T - 1 more."""
+def state_pointers(ptr, index, p_tile, n_tile, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr, NT: tl.constexpr):
+    """Pointers to tile (p_tile, n_tile) of the state at `index` of a (..., PT * P, NT * N) tensor."""
     base = ptr + index * (PT * P * NT * N) + p_tile * (P * NT * N) + n_tile * N
-    return base + tl.arange(0, T * P)[:, None] * (NT * N) + tl.arange(0, N)[None, :]
+    return base + tl.arange(0, P)[:, None] * (NT * N) + tl.arange(0, N)[None, :]
 
 
 @triton.jit
