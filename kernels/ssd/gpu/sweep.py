@@ -79,7 +79,7 @@ def sweep_kernel(
         end = tl.load(cum_ptr + t + L - 1)
         if STORE:
             if SCALED:
-                up, down = power_above(tl.max(tl.max(tl.abs(state), 1), 0))
+                up, down = power_above(tl.max(tl.abs(state)))
                 kept.store([(chunk * wheads * PT + v) * P, n_tile * N], (state * up).to(dtype))
                 tl.store(h_scales_ptr + (first + chunk).to(tl.int64) * (wheads * PT) + v, down)
             else:
