@@ -97,11 +97,10 @@ def sweep_kernel(
                 prefetch(base + token.to(tl.int64) * x_token_stride)
             weighted = r.to(tl.float32) * weight[:, None]
             high = weighted.to(r.dtype)
+            state = tl.dot(tl.trans(high), k, state, input_precision=PRECISION)
             if STORE and r.dtype != tl.float32:
-                # what rounding takes away: in every chunk, it would be most of the error of the gradient of A
                 low = (weighted - high.to(tl.float32)).to(r.dtype)
                 state = tl.dot(tl.trans(low), k, state)
-            state = tl.dot(tl.trans(high), k, state, input_precision=PRECISION)
         total += end
     if leave >= 0:
         tl.store(state_pointers(leave_ptr, leave.to(tl.int64) * nheads + head, p_tile, n_tile, P, N, PT, NT), state)
