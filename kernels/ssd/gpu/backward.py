@@ -10,7 +10,6 @@ from torch import Tensor
 from .chunk_backward import dx_kernel, outside_kernel, pairs_kernel, skip_kernel
 from .config import Config, Launch
 from .forward import (
-    HEADS_PER_STEP_PROGRAM,
     Steps,
     Way,
     compiler_options,
