@@ -88,7 +88,7 @@ def backward(
         _discretize_backward(problem, steps, d_decay, made, wave)
     dB = _sum_shares(made.dB)
     dC = None if made.dC is None else _sum_shares(made.dC)
-    dA, ddt_bias, dD = (total.clone() for total in _sum_chunks(problem, made.shares))
+    dA, ddt_bias, dD = _sum_chunks(problem, made.shares)
     if D is not None and D.ndim == 2:
         dD = _skip_gradient(problem, dy)
     return Gradients(
@@ -117,18 +117,19 @@ def _sum_shares(shares: Tensor) -> Tensor:
     return shares[0] if len(shares) == 1 else shares.sum(0)
 
 
-def _sum_chunks(problem: Problem, shares: Tensor) -> Tensor:
-    """The sum of (nchunks, ...) over chunks."""
-    total = torch.empty(shares.shape[1:], dtype=torch.float32, device=shares.device)
-    columns = total.numel()
+def _sum_chunks(problem: Problem, shares: Tensor) -> list[Tensor]:
+    """The sums of (nchunks, up to 3, ...) over chunks, in memory of their own."""
+    totals = [torch.empty(shares.shape[2:], dtype=torch.float32, device=shares.device) for _ in range(shares.shape[1])]
+    columns = totals[0].numel()
     problem.run(
-        sum_chunks_kernel, (columns,),
+        sum_chunks_kernel, (shares.shape[1], columns),
         lambda: dict(
-            grid=(triton.cdiv(columns, 16),), nchunks=len(shares), columns=columns, ROWS=128, COLUMNS=16, num_warps=4
+            grid=(triton.cdiv(columns, 16), len(totals)), nchunks=len(shares), columns=columns, ROWS=128, COLUMNS=16,
+            num_warps=4,
         ),
-        shares_ptr=shares, total_ptr=total,
+        shares_ptr=shares, first_ptr=totals[0], second_ptr=totals[len(totals) // 2], third_ptr=totals[-1],
     )  # fmt: skip
-    return total
+    return totals
 
 
 def _skip_gradient(problem: Problem, dy: Tensor | None) -> Tensor:
@@ -147,7 +148,7 @@ def _skip_gradient(problem: Problem, dy: Tensor | None) -> Tensor:
         ),
         x_ptr=x, dy_ptr=dy, shares_ptr=shares, chunks_ptr=chunks.chunks,
     )  # fmt: skip
-    return _sum_chunks(problem, shares)[:, : x.shape[3]].contiguous()
+    return _sum_chunks(problem, shares[:, None])[0][:, : x.shape[3]].contiguous()
 
 
 @dataclass(frozen=True)

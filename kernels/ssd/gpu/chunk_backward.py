@@ -25,7 +25,6 @@ from .tiles import (
     skip_weights,
     span_tokens,
     store_tokens,
-    token_pointers,
 )
 
 SIZES = ["nchunks", "first_head", "wheads", "heads_per_program", "nheads", "ngroups", "headdim", "d_state"]
@@ -168,23 +167,21 @@ def pairs_kernel(
 
 @triton.jit
 def _dx_of_heads(
-    dys, B_ptr, C_ptr, B_token_stride, C_token_stride, length, d_state, dhs, dxs, cum_ptr, log_dt_ptr, weight_ptr,
-    scales_ptr, D_ptr, D_head_stride, D_channel_stride, chunk, part, head0, slots, wheads, heads_per_program, headdim,
-    J: tl.constexpr, L: tl.constexpr, K: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr,
+    dys, Bs, Cs, dhs, dxs, cum_ptr, log_dt_ptr, weight_ptr, scales_ptr, D_ptr, D_head_stride, D_channel_stride, chunk,
+    part, head0, slots, wheads, heads_per_program, headdim,
+    J: tl.constexpr, L: tl.constexpr, K: tl.constexpr, P: tl.constexpr, PT: tl.constexpr,
     HAS_DY: tl.constexpr, HAS_D: tl.constexpr, SCALED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sources J to J + K."""
     SECOND: tl.constexpr = J + K < L
-    B = read_once(B_ptr, J, length, B_token_stride, d_state, K, N)
+    B = Bs.load([J, 0])
     dtype = B.dtype
     offs = tl.arange(0, K)
     if HAS_DY:
-        C = read_once(C_ptr, J, length, C_token_stride, d_state, K, N)
-        G = tl.dot(B, tl.trans(C), input_precision=PRECISION)
+        G = tl.dot(B, tl.trans(Cs.load([J, 0])), input_precision=PRECISION)
         if SECOND:
-            C2 = read_once(C_ptr, J + K, length, C_token_stride, d_state, K, N)
-            G2 = tl.dot(B, tl.trans(C2), input_precision=PRECISION)
+            G2 = tl.dot(B, tl.trans(Cs.load([J + K, 0])), input_precision=PRECISION)
     if SCALED:
         B, B_down = rows_in_half(B)
     for i in tl.range(0, heads_per_program * PT, num_stages=STAGES):
@@ -238,21 +235,21 @@ def dx_kernel(
     dhs = tl.make_tensor_descriptor(
         dh_ptr + chunk.to(tl.int64) * (wheads * PT * P * N), [wheads * PT * P, N], [N, 1], [P, N]
     )
-    B_ptr = first_token(B_ptr, row, start, B_row_stride, B_token_stride, group, B_group_stride)
-    C_ptr = first_token(C_ptr, row, start, C_row_stride, C_token_stride, group, C_group_stride)
+    Bs = head_tokens(B_ptr, row, start, length, B_row_stride, B_token_stride, group, B_group_stride, d_state, K, N)
+    Cs = head_tokens(C_ptr, row, start, length, C_row_stride, C_token_stride, group, C_group_stride, d_state, K, N)
     slots = nchunks.to(tl.int64) * L
     # the halves of a chunk are neighbours in the launch: they read the same dh and dy at the same time
     if half == 0:
         _dx_of_heads(
-            dys, B_ptr, C_ptr, B_token_stride, C_token_stride, length, d_state, dhs, dxs, cum_ptr, log_dt_ptr,
-            weight_ptr, scales_ptr, D_ptr, D_head_stride, D_channel_stride, chunk, part, head0, slots, wheads,
-            heads_per_program, headdim, 0, L, K, P, N, PT, HAS_DY, HAS_D, SCALED, FLAT, PRECISION, STAGES,
+            dys, Bs, Cs, dhs, dxs, cum_ptr, log_dt_ptr, weight_ptr, scales_ptr, D_ptr, D_head_stride, D_channel_stride,
+            chunk, part, head0, slots, wheads, heads_per_program, headdim, 0, L, K, P, PT, HAS_DY, HAS_D, SCALED, FLAT,
+            PRECISION, STAGES,
         )  # fmt: skip
     elif L > K:
         _dx_of_heads(
-            dys, B_ptr, C_ptr, B_token_stride, C_token_stride, length, d_state, dhs, dxs, cum_ptr, log_dt_ptr,
-            weight_ptr, scales_ptr, D_ptr, D_head_stride, D_channel_stride, chunk, part, head0, slots, wheads,
-            heads_per_program, headdim, K, L, K, P, N, PT, HAS_DY, HAS_D, SCALED, FLAT, PRECISION, STAGES,
+            dys, Bs, Cs, dhs, dxs, cum_ptr, log_dt_ptr, weight_ptr, scales_ptr, D_ptr, D_head_stride, D_channel_stride,
+            chunk, part, head0, slots, wheads, heads_per_program, headdim, K, L, K, P, PT, HAS_DY, HAS_D, SCALED, FLAT,
+            PRECISION, STAGES,
         )  # fmt: skip
 
 
@@ -278,11 +275,15 @@ def outside_kernel(
     group = head0 // (nheads // ngroups)
     row, start, length = place(chunks_ptr, nchunks, chunk)
     rows = span_tokens(rows_ptr, row, start, length, row_stride, token_stride, nheads, head_stride, headdim, L, P, FLAT)
+    cols = head_tokens(
+        cols_ptr, row, start, length, col_row_stride, col_token_stride, group, col_group_stride, d_state, L, N
+    )
     # programs of one group that run at once write to different shares
     share = (head0 % tl.minimum(wheads, nheads // ngroups)) // heads_per_program
     out_ptr += share.to(tl.int64) * out_part_stride
-    out_ptr = first_token(out_ptr, row, start, out_row_stride, out_token_stride, group, out_group_stride)
-    out, inside = token_pointers(out_ptr, 0, length, out_token_stride, d_state, L, N)
+    out = head_tokens(
+        out_ptr, row, start, length, out_row_stride, out_token_stride, group, out_group_stride, d_state, L, N
+    )
     offset = chunk.to(tl.int64) * (wheads * PT * P * N)
     states = tl.make_tensor_descriptor(states_ptr + offset, [wheads * PT * P, N], [N, 1], [P, N])
     if SOURCE:
@@ -290,20 +291,20 @@ def outside_kernel(
     offs_l = tl.arange(0, L)
     offs_p = tl.arange(0, P)
     if ADD:
-        sum = tl.load(out, mask=inside, other=0.0).to(tl.float32)
+        sum = out.load([0, 0]).to(tl.float32)
     else:
         sum = tl.zeros([L, N], tl.float32)
-    cols_ptr = first_token(cols_ptr, row, start, col_row_stride, col_token_stride, group, col_group_stride)
-    col = read_once(cols_ptr, 0, length, col_token_stride, d_state, L, N)
     if HAS_Q:
-        others_ptr = first_token(
-            others_ptr, row, start, other_row_stride, other_token_stride, group, other_group_stride
-        )
-        others = read_once(others_ptr, 0, length, other_token_stride, d_state, L, N)
-        Q = read_once(Q_ptr + (part.to(tl.int64) * nchunks + chunk) * L * L, 0, L, L, L, L, L)
+        others = head_tokens(
+            others_ptr, row, start, length, other_row_stride, other_token_stride, group, other_group_stride, d_state,
+            L, N,
+        )  # fmt: skip
+        Qs = tl.make_tensor_descriptor(Q_ptr + (part.to(tl.int64) * nchunks + chunk) * L * L, [L, L], [L, 1], [L, L])
+        Q = Qs.load([0, 0])
         if not SOURCE:
             Q = tl.trans(Q)
-        sum = tl.dot(Q, others, sum, input_precision=PRECISION)
+        sum = tl.dot(Q, others.load([0, 0]), sum, input_precision=PRECISION)
+    col = cols.load([0, 0])
     slots = nchunks.to(tl.int64) * L
     plane = wheads * PT * slots
     for i in tl.range(0, heads_per_program * PT, num_stages=STAGES):
@@ -337,7 +338,7 @@ def outside_kernel(
             if SCALED:
                 W *= down * tl.load(opposite_scales_ptr + scale)
             tl.store(W_ptr + v.to(tl.int64) * nchunks + chunk, W)
-    tl.store(out, sum.to(out_ptr.dtype.element_ty), mask=inside)
+    out.store([0, 0], sum.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["nchunks", "nheads", "headdim"])

@@ -187,13 +187,22 @@ def discretize_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["nchunks", "columns"])
-def sum_chunks_kernel(shares_ptr, total_ptr, nchunks, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The sum over chunks of (nchunks, columns), always in the same order."""
+def sum_chunks_kernel(
+    shares_ptr, first_ptr, second_ptr, third_ptr, nchunks, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The sums over chunks of (nchunks, up to 3, columns), to a tensor each, always in the same order."""
+    total_ptr = first_ptr
+    if tl.program_id(1) == 1:
+        total_ptr = second_ptr
+    if tl.program_id(1) == 2:
+        total_ptr = third_ptr
+    shares_ptr += tl.program_id(1) * columns
+    row = tl.num_programs(1) * columns
     at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rows = tl.arange(0, ROWS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, nchunks, ROWS):
         chunk = first + rows
         mask = (chunk[:, None] < nchunks) & (at[None, :] < columns)
-        total += tl.load(shares_ptr + chunk[:, None].to(tl.int64) * columns + at[None, :], mask=mask, other=0.0)
+        total += tl.load(shares_ptr + chunk[:, None].to(tl.int64) * row + at[None, :], mask=mask, other=0.0)
     tl.store(total_ptr + at, tl.sum(total, 0), mask=at < columns)

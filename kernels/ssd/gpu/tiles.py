@@ -33,19 +33,12 @@ def head_tokens(
 
 
 @triton.jit
-def token_pointers(base, token, length, token_stride, width, L: tl.constexpr, W: tl.constexpr):
-    """Pointers to (L, W) from `token` on, and which are of the span: for a tile that is read or written once, which
-    takes less time than making a descriptor."""
+def read_once(base, token, length, token_stride, width, L: tl.constexpr, W: tl.constexpr):
+    """The tile (L, W) from `token` on without a descriptor, which takes longer to make than this to read."""
     tokens = token + tl.arange(0, L)
     columns = tl.arange(0, W)
     pointers = base + tokens[:, None].to(tl.int64) * token_stride + columns[None, :]
-    return pointers, (tokens[:, None] < length) & (columns[None, :] < width)
-
-
-@triton.jit
-def read_once(base, token, length, token_stride, width, L: tl.constexpr, W: tl.constexpr):
-    pointers, inside = token_pointers(base, token, length, token_stride, width, L, W)
-    return tl.load(pointers, mask=inside, other=0.0)
+    return tl.load(pointers, mask=(tokens[:, None] < length) & (columns[None, :] < width), other=0.0)
 
 
 @triton.jit
