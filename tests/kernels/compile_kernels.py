@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import triton
-from mamba2_dist.kernels.ssd.gpu import chunk_backward, config, gate, scan, steps, sweep
+from mamba2_dist.kernels.ssd.gpu import backward, chunk_backward, config, forward, gate, scan, steps, sweep
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -23,6 +23,11 @@ IN_X_DTYPE = {
     "x_ptr", "dy_ptr", "z_ptr", "rows_ptr", "cols_ptr", "others_ptr", "B_ptr", "C_ptr", "h_ptr", "dh_ptr", "dx_ptr",
     "y_ptr", "ungated_ptr", "states_ptr", "opposite_ptr", "Q_ptr", "dt_ptr", "ddt_ptr", "d_ungated_ptr", "dz_ptr",
 }  # fmt: skip
+
+
+# numbers get their types from their values, so that two of one meaning may differ
+KINDS = {"low": "fp32", "high": "fp32", "x_row_stride": "i64"}
+STRIDES = {"B_group_stride": 1}
 
 
 def cases(choice, dtype):
@@ -55,11 +60,11 @@ def cases(choice, dtype):
             f"outside{'_source' * source}", chunk_backward.outside_kernel, choice.outside,
             chunk | scaled | {"SOURCE": source, "HAS_Q": True, "ADD": True, "STAGES": choice.outside.stages},
         )  # fmt: skip
-    few, more_warps = config.Launch(4, 3), config.Launch(8, 3)
-    step = {"L": choice.chunk, "H": 16, "HAS_BIAS": True, "SOFTPLUS": True}
-    yield "discretize", steps.discretize_kernel, few, step
-    more = {"K": choice.block, "PT": choice.P_tiles, "HAS_D_DECAY": True}
-    yield "discretize_backward", steps.discretize_backward_kernel, more_warps, step | more
+    few = config.Launch(4, 3)
+    step = {"L": choice.chunk, "HAS_BIAS": True, "SOFTPLUS": True}
+    yield "discretize", steps.discretize_kernel, few, step | {"H": forward.HEADS_PER_STEP_PROGRAM}
+    more = {"K": choice.block, "H": backward.HEADS_PER_PROGRAM, "PT": choice.P_tiles, "HAS_D_DECAY": True}
+    yield "discretize_backward", steps.discretize_backward_kernel, few, step | more
     size = choice.N * choice.P * choice.P_tiles
     yield "pass", sweep.pass_kernel, few, {"SIZE": size, "BLOCK": min(size, 1024), "REVERSE": False, "STORE": True}
     yield "sum_chunks", steps.sum_chunks_kernel, few, {"ROWS": 128, "COLUMNS": 16}
@@ -68,6 +73,7 @@ def cases(choice, dtype):
 
 
 def compile_kernel(kernel, launch, constants, dtype, capability):
+    constants = {name: value for name, value in STRIDES.items() if name in kernel.arg_names} | constants
     kinds = dict.fromkeys(IN_X_DTYPE, dtype)
     if constants.get("SCALED"):
         kinds |= dict.fromkeys(STATES, "fp16")
@@ -79,7 +85,7 @@ def compile_kernel(kernel, launch, constants, dtype, capability):
             integers = name in ("chunks_ptr", "spans_ptr", "documents_ptr") or "index" in name
             signature[name] = "*i32" if integers else f"*{kinds.get(name, 'fp32')}"
         else:
-            signature[name] = "fp32" if name in ("low", "high") else "i32"
+            signature[name] = KINDS.get(name, "i32")
     even = [name for name, kind in signature.items() if kind.startswith("*") or name.endswith("_stride")]
     source = ASTSource(
         fn=kernel,

@@ -36,6 +36,7 @@ def compiled(capability, dtype, headdim, d_state):
         (90, "float16", 16, 16),
         (90, "float32", 64, 128),
         (100, "bfloat16", 64, 128),
+        (100, "bfloat16", 64, 256),
     ],
 )
 def test_fits(capability, dtype, headdim, d_state):

@@ -23,6 +23,7 @@ from .launcher import device_limits
 from .problem import Problem, aligned, aligned_size, aligned_view, empty_aligned, pad_states, strides, unpad_states
 from .steps import discretize_backward_kernel, sum_chunks_kernel
 
+HEADS_PER_PROGRAM = 8  # of `discretize_backward`
 MIN_WORKSPACE = 1 << 28  # bytes of states that the backward pass may always hold
 
 
@@ -162,7 +163,7 @@ class _Room:
     shares: Tensor  # (nchunks, 3, nheads): each chunk's part of the gradients of A, dt_bias and D
     h: Tensor
     dh: Tensor
-    h_scales: Tensor  # (nchunks, wheads * PT), by which they are smaller than what they stand for
+    h_scales: Tensor  # (nchunks, wheads * PT), what h is to be multiplied by
     dh_scales: Tensor
     Q: Tensor
     S: Tensor
@@ -332,10 +333,10 @@ def _discretize_backward(problem: Problem, steps: Steps, d_decay: Tensor | None,
     problem.run(
         discretize_backward_kernel, (wave, d_decay is None),
         lambda: dict(
-            grid=(chunks.count, triton.cdiv(wave.heads, 8)), nchunks=chunks.count,
+            grid=(chunks.count, triton.cdiv(wave.heads, HEADS_PER_PROGRAM)), nchunks=chunks.count,
             **strides("", dt), d_row_stride=ddt.stride(0), d_token_stride=ddt.stride(1), first_head=wave.first,
             wheads=wave.heads, nheads=problem.nheads, ngroups=problem.ngroups, low=float(problem.dt_limit[0]),
-            high=float(problem.dt_limit[1]), L=config.chunk, K=config.block, H=8,
+            high=float(problem.dt_limit[1]), L=config.chunk, K=config.block, H=HEADS_PER_PROGRAM,
             PT=config.P_tiles, HAS_BIAS=bias is not None, SOFTPLUS=problem.dt_softplus,
             HAS_D_DECAY=d_decay is not None, num_warps=4,
         ),

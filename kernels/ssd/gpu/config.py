@@ -66,6 +66,8 @@ def choose(headdim: int, d_state: int, dtype: torch.dtype, capability: int) -> C
     check(headdim, d_state, dtype, capability)
     channels, N = _tile(headdim), _tile(d_state)
     large = capability in (90, 100, 103)  # 227 KiB of shared memory
+    # Triton 3.6 fails to pipeline the sweep for tensor memory
+    sweep = Launch(4, 1 if capability // 10 in (10, 11) else 2)
     if dtype == torch.float32:
         P = min(channels, 32)
         small = 16 if N == 256 else 32
@@ -77,17 +79,16 @@ def choose(headdim: int, d_state: int, dtype: torch.dtype, capability: int) -> C
     if N == 256:
         return Config(
             32, 32, 32, P, channels // P, N, 128,
-            Launch(8, 1), Launch(4, 2), Launch(4, 1), Launch(4, 1), Launch(4, 1),
+            Launch(8, 1), sweep, Launch(4, 1), Launch(4, 1), Launch(4, 1),
         )  # fmt: skip
     if large:
         return Config(
             64, 128, 64, P, channels // P, N, N,
-            # elsewhere Triton 3.6 pipelines no loop that stores by a descriptor
-            Launch(4, 2), Launch(4, 2 if capability == 90 else 1), Launch(4, 3), Launch(4, 2), Launch(8, 3),
+            Launch(4, 2), sweep, Launch(4, 3), Launch(4, 2), Launch(8, 3),
         )  # fmt: skip
     return Config(
         64, 64, 64, P, channels // P, N, N,
-        Launch(8, 2), Launch(4, 2), Launch(4, 2), Launch(8, 1), Launch(4, 2),
+        Launch(8, 2), sweep, Launch(4, 2), Launch(8, 1), Launch(4, 2),
     )  # fmt: skip
 
 

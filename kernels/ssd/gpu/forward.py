@@ -74,6 +74,7 @@ def sweep(
     where no states are kept."""
     config, chunks, nspans = problem.config, problem.table.by_chunk[size], problem.table.nspans
     heads = problem.nheads if wheads is None else wheads
+    # the kernel's arguments for a direction that is not asked for repeat the other's
     first = ahead or back
     second = back or ahead
     assert first is not None
@@ -192,8 +193,8 @@ def forward(
     steps = discretize(problem, config.scan_chunk)
     if table.cut:
         size = config.chunk
-        entering = what_enters(problem, discretize(problem, size), size, initial, False, x, B)
-        index = table.span_itself
+        longer = steps if size == config.scan_chunk else discretize(problem, size)
+        entering, index = what_enters(problem, longer, size, initial, False, x, B), table.span_itself
     chunks = table.by_chunk[config.scan_chunk]
     y = empty_aligned(x)
     ungated = empty_aligned(x) if keep and z is not None else None

@@ -65,6 +65,7 @@ class Launcher:
         run(addresses)
 
     def _runner(self, compiled: Any, names: Iterable[str]) -> Callable:
+        # callers name a kernel's tensors in one order
         places = [self.kernel.arg_names.index(name) for name in names]
         run = compiled[self.grid]
         if compiled.metadata.global_scratch_size:

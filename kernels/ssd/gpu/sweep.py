@@ -3,12 +3,16 @@
 import triton
 import triton.language as tl
 
-from .tiles import head_tokens, place, power_above, prefetch, state_pointers
+from .tiles import head_tokens, place, prefetch, scale_for, state_pointers
 
 LN2 = tl.constexpr(0.6931471805599453)
-
-
 SIZES = ["nspans", "nchunks", "programs", "first_head", "wheads", "nheads", "ngroups", "headdim", "d_state"]
+
+
+@triton.jit
+def _either(second, a, b):
+    """b if `second`, else a: strides, whatever types their values have got."""
+    return tl.where(second, tl.cast(b, tl.int64), tl.cast(a, tl.int64))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -31,14 +35,19 @@ def sweep_kernel(
     """
     pid = tl.program_id(0)
     reverse = pid >= programs
+    row_stride = _either(reverse, x_row_stride, dy_row_stride)
+    token_stride = _either(reverse, x_token_stride, dy_token_stride)
+    head_stride = _either(reverse, x_head_stride, dy_head_stride)
+    col_row_stride = _either(reverse, B_row_stride, C_row_stride)
+    col_token_stride = _either(reverse, B_token_stride, C_token_stride)
+    group_stride = _either(reverse, B_group_stride, C_group_stride)
     if reverse:
+        # from here on these are what the other direction reads and writes
         pid -= programs
         x_ptr, B_ptr, h_ptr, h_scales_ptr, weight_ptr = dy_ptr, C_ptr, dh_ptr, dh_scales_ptr, cum_ptr
         enter_ptr, enter_index_ptr, leave_ptr, leave_index_ptr = (
             d_enter_ptr, d_enter_index_ptr, d_leave_ptr, d_leave_index_ptr,
         )  # fmt: skip
-        x_row_stride, x_token_stride, x_head_stride = dy_row_stride, dy_token_stride, dy_head_stride
-        B_row_stride, B_token_stride, B_group_stride = C_row_stride, C_token_stride, C_group_stride
     n_tile = pid % NT
     v = (pid // NT) % (wheads * PT)
     span = pid // (NT * wheads * PT)
@@ -52,9 +61,9 @@ def sweep_kernel(
     if not STORE:
         count = tl.where(leave >= 0, count, 0)
     if HAS_ROWS:
-        rows = head_tokens(x_ptr, row, start, length, x_row_stride, x_token_stride, head, x_head_stride, headdim, L, P)
+        rows = head_tokens(x_ptr, row, start, length, row_stride, token_stride, head, head_stride, headdim, L, P)
         cols = head_tokens(
-            B_ptr, row, start, length, B_row_stride, B_token_stride, group, B_group_stride, d_state, L, N
+            B_ptr, row, start, length, col_row_stride, col_token_stride, group, group_stride, d_state, L, N
         )
     steps = (head.to(tl.int64) * nchunks + first) * L
     cum_ptr += steps
@@ -79,7 +88,7 @@ def sweep_kernel(
         end = tl.load(cum_ptr + t + L - 1)
         if STORE:
             if SCALED:
-                up, down = power_above(tl.max(tl.abs(state)))
+                up, down = scale_for(tl.max(tl.abs(state)))
                 kept.store([(chunk * wheads * PT + v) * P, n_tile * N], (state * up).to(dtype))
                 tl.store(h_scales_ptr + (first + chunk).to(tl.int64) * (wheads * PT) + v, down)
             else:
@@ -93,12 +102,13 @@ def sweep_kernel(
             if PREFETCH:
                 later = tl.where(reverse, tl.maximum(t - L, 0), tl.minimum(t + L, (count - 1) * L))
                 token = start + tl.minimum(later + offs_l, length - 1)
-                base = x_ptr + row.to(tl.int64) * x_row_stride + head.to(tl.int64) * x_head_stride
-                prefetch(base + token.to(tl.int64) * x_token_stride)
+                base = x_ptr + row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride
+                prefetch(base + token.to(tl.int64) * token_stride)
             weighted = r.to(tl.float32) * weight[:, None]
             high = weighted.to(r.dtype)
             state = tl.dot(tl.trans(high), k, state, input_precision=PRECISION)
-            if STORE and r.dtype != tl.float32:
+            if SCALED:
+                # what rounding took away: in every chunk, it would be most of the error of the gradient of A
                 low = (weighted - high.to(tl.float32)).to(r.dtype)
                 state = tl.dot(tl.trans(low), k, state)
         total += end

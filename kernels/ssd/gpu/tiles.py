@@ -88,8 +88,9 @@ def state_pointers(ptr, index, p_tile, n_tile, P: tl.constexpr, N: tl.constexpr,
 
 
 @triton.jit
-def power_above(x):
-    """The power of two that takes numbers up to `x` below 2^15, so that they keep float16's digits, and its inverse."""
+def scale_for(x):
+    """The power of two that takes numbers up to `x` to 2^15 at most, so that they keep float16's digits, and its
+    inverse."""
     exponent = tl.floor(tl.log2(tl.maximum(x, 1e-30, propagate_nan=tl.PropagateNan.ALL)))
     return tl.exp2(14.0 - exponent), tl.exp2(exponent - 14.0)
 
@@ -99,7 +100,7 @@ def rows_in_half(tile):
     """A tile in float16, each row times a power of two, and what undoes it, one number a row: nothing is lost of
     bfloat16 but what is 2^-29 of its row's largest."""
     wide = tile.to(tl.float32)
-    up, down = power_above(tl.max(tl.abs(wide), 1))
+    up, down = scale_for(tl.max(tl.abs(wide), 1))
     return (wide * up[:, None]).to(tl.float16), down
 
 
