@@ -403,16 +403,22 @@ class TestOnGPU:
         graph.replay()
         check_identical(captured, expected)
 
-    @pytest.mark.parametrize("regime", ["typical", "slow", "fast", "alternating"])
-    def test_no_worse_than_mamba_ssm(self, regime, monkeypatch):
+    def test_no_worse_than_mamba_ssm(self, monkeypatch):
         # imported with it, and not used here
         monkeypatch.setitem(sys.modules, "selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
         theirs = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
-        inputs = without(draw((2, 1024, 24, 64, 128, 1), BF16, regime, "cuda"), "z", "initial_states")
-        other = outcome(functools.partial(theirs, chunk_size=256, dt_softplus=True, return_final_states=True), inputs)
-        actual, expected = outcome(on_triton, inputs), outcome(on_torch, wide(inputs))
-        for name in expected:
-            assert_close(actual[name], expected[name], 1.2 * relative_error(other[name], expected[name]) + 1e-4, name)
+        theirs = functools.partial(theirs, chunk_size=256, dt_softplus=True, return_final_states=True)
+        # in one test, as tuning theirs takes a minute
+        for regime in ("typical", "slow", "fast", "alternating"):
+            inputs = without(draw((2, 1024, 24, 64, 128, 1), BF16, regime, "cuda"), "z", "initial_states")
+            actual, expected, other = (
+                outcome(on_triton, inputs),
+                outcome(on_torch, wide(inputs)),
+                outcome(theirs, inputs),
+            )
+            for name in expected:
+                bound = 1.2 * relative_error(other[name], expected[name]) + 1e-4
+                assert_close(actual[name], expected[name], bound, f"{name}, {regime}")
 
     def test_rounded_states_do_not_round_the_gradient_of_A(self):
         inputs = draw((2, 1024, 24, 64, 128, 1), BF16, device="cuda")
