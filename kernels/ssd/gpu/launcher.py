@@ -48,6 +48,7 @@ class Launcher:
                 self._launch(tensors)
 
     def _launch(self, tensors: dict[str, Tensor]) -> None:
+        # a launch takes longer with tensors, each of which the driver looks up
         addresses = [tensor.data_ptr() for tensor in tensors.values()]
         # all that the compiler may know of tensors
         kind = (
