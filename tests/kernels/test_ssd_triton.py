@@ -420,8 +420,9 @@ class TestOnGPU:
                 bound = 1.2 * relative_error(other[name], expected[name]) + 1e-4
                 assert_close(actual[name], expected[name], bound, f"{name}, {regime}")
 
-    def test_rounded_states_do_not_round_the_gradient_of_A(self):
-        inputs = draw((2, 1024, 24, 64, 128, 1), BF16, device="cuda")
+    @pytest.mark.parametrize("d_state", [128, 256])
+    def test_rounded_states_do_not_round_the_gradient_of_A(self, d_state):
+        inputs = draw((2, 1024, 24, 64, d_state, 1), BF16, device="cuda")
         actual, expected = outcome(on_triton, inputs), outcome(on_torch, wide(inputs))
         assert_close(actual["dA"], expected["dA"], SSD_DECAY, "dA")
 

@@ -289,7 +289,6 @@ def outside_kernel(
     if SOURCE:
         opposites = tl.make_tensor_descriptor(opposite_ptr + offset, [wheads * PT * P, N], [N, 1], [P, N])
     offs_l = tl.arange(0, L)
-    offs_p = tl.arange(0, P)
     if ADD:
         sum = out.load([0, 0]).to(tl.float32)
     else:
@@ -333,8 +332,7 @@ def outside_kernel(
         tl.store(at, tl.sum(term * col.to(tl.float32), 1))
         if SOURCE:
             # trace(dh h^T)
-            product = tl.dot(state, tl.trans(opposites.load([v * P, 0])), input_precision=PRECISION)
-            W = tl.sum(tl.where(offs_p[:, None] == offs_p[None, :], product, 0.0))
+            W = tl.sum(state.to(tl.float32) * opposites.load([v * P, 0]).to(tl.float32))
             if SCALED:
                 W *= down * tl.load(opposite_scales_ptr + scale)
             tl.store(W_ptr + v.to(tl.int64) * nchunks + chunk, W)

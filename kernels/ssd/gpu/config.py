@@ -78,8 +78,8 @@ def choose(headdim: int, d_state: int, dtype: torch.dtype, capability: int) -> C
     P = min(channels, 64)
     if N == 256:
         return Config(
-            32, 32, 32, P, channels // P, N, 128,
-            Launch(8, 1), sweep, Launch(4, 1), Launch(4, 1), Launch(4, 1),
+            32, 32, 32, P, channels // P, N, N,
+            Launch(8, 1), Launch(8, sweep.stages), Launch(4, 1), Launch(4, 1), Launch(8, 1),
         )  # fmt: skip
     if large:
         return Config(

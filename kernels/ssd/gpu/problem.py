@@ -54,9 +54,8 @@ class Problem:
 
     @property
     def scaled(self) -> bool:
-        """Whether the backward pass keeps states in float16, each times a power of two, for which one program must see
-        all of it; otherwise in the dtype of x."""
-        return self.x.dtype != torch.float32 and self.config.sweep_N == self.config.N
+        """Whether the backward pass keeps states in float16, each times a power of two; otherwise in the dtype of x."""
+        return self.x.dtype != torch.float32
 
     @property
     def nheads(self) -> int:
