@@ -17,11 +17,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 DTYPES = {"bfloat16": ("bf16", torch.bfloat16), "float16": ("fp16", torch.float16), "float32": ("fp32", torch.float32)}
-STATES = {"h_ptr", "dh_ptr", "states_ptr", "opposite_ptr"}
+STATES = {"h_ptr", "dh_ptr"}
 # pointers that hold the dtype of x; the others hold float32, and indices int32
 IN_X_DTYPE = {
-    "x_ptr", "dy_ptr", "z_ptr", "rows_ptr", "cols_ptr", "others_ptr", "B_ptr", "C_ptr", "h_ptr", "dh_ptr", "dx_ptr",
-    "y_ptr", "ungated_ptr", "states_ptr", "opposite_ptr", "Q_ptr", "dt_ptr", "ddt_ptr", "d_ungated_ptr", "dz_ptr",
+    "x_ptr", "dy_ptr", "z_ptr", "B_ptr", "C_ptr", "h_ptr", "dh_ptr", "dx_ptr", "y_ptr", "ungated_ptr", "Q_ptr",
+    "dt_ptr", "ddt_ptr", "d_ungated_ptr", "dz_ptr", "dB_ptr", "dC_ptr",
 }  # fmt: skip
 
 
@@ -55,11 +55,10 @@ def cases(choice, dtype):
         choice.dx,
         blocks | {**scaled, "HAS_DY": True, "HAS_D": True, "STAGES": choice.dx.stages},
     )
-    for source in (False, True):
-        yield (
-            f"outside{'_source' * source}", chunk_backward.outside_kernel, choice.outside,
-            chunk | scaled | {"SOURCE": source, "HAS_Q": True, "ADD": True, "STAGES": choice.outside.stages},
-        )  # fmt: skip
+    yield (
+        "outside", chunk_backward.outside_kernel, choice.outside,
+        chunk | scaled | {"HAS_DY": True, "ADD": True, "STAGES": choice.outside.stages},
+    )  # fmt: skip
     few = config.Launch(4, 3)
     step = {"L": choice.chunk, "HAS_BIAS": True, "SOFTPLUS": True}
     yield "discretize", steps.discretize_kernel, few, step | {"H": forward.HEADS_PER_STEP_PROGRAM}
@@ -69,7 +68,7 @@ def cases(choice, dtype):
     yield "pass", sweep.pass_kernel, few, {"SIZE": size, "BLOCK": min(size, 1024), "REVERSE": False, "STORE": True}
     yield "sum_chunks", steps.sum_chunks_kernel, few, {"ROWS": 128, "COLUMNS": 16}
     yield "skip", chunk_backward.skip_kernel, few, {"L": choice.chunk, "P": choice.P, "PT": choice.P_tiles}
-    yield "gate_backward", gate.gate_backward_kernel, few, {"ELEMENTS": 1024}
+    yield "gate_backward", gate.gate_backward_kernel, few, {"TOKENS": 16, "ELEMENTS": 1024, "HAS_D": True}
 
 
 def compile_kernel(kernel, launch, constants, dtype, capability):

@@ -409,8 +409,10 @@ class TestOnGPU:
         theirs = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
         theirs = functools.partial(theirs, chunk_size=256, dt_softplus=True, return_final_states=True)
         # in one test, as tuning theirs takes a minute
-        for regime in ("typical", "slow", "fast", "alternating"):
-            inputs = without(draw((2, 1024, 24, 64, 128, 1), BF16, regime, "cuda"), "z", "initial_states")
+        for regime in ("typical", "slow", "fast", "alternating", "gated"):
+            gated = regime == "gated"
+            inputs = draw((2, 1024, 24, 64, 128, 1), BF16, "typical" if gated else regime, "cuda")
+            inputs = inputs if gated else without(inputs, "z", "initial_states")
             actual, expected, other = (
                 outcome(on_triton, inputs),
                 outcome(on_torch, wide(inputs)),
@@ -423,9 +425,17 @@ class TestOnGPU:
     @pytest.mark.parametrize("d_state", [128, 256])
     def test_rounded_states_do_not_round_the_gradient_of_A(self, d_state):
         # not gated: a gate rounds the gradient of y
-        inputs = without(draw((2, 1024, 24, 64, d_state, 1), BF16, device="cuda"), "z")
+        inputs = without(draw((2, 1024, 80, 64, d_state, 1), BF16, device="cuda"), "z", "initial_states")
         actual, expected = outcome(on_triton, inputs), outcome(on_torch, wide(inputs))
         assert_close(actual["dA"], expected["dA"], SSD_DECAY, "dA")
+
+    @pytest.mark.parametrize("channels", [False, True])
+    def test_a_gate_does_not_round_the_gradient_of_D(self, channels):
+        inputs = draw(MEDIUM, BF16, device="cuda")
+        if channels:
+            inputs["D"] = torch.randn(inputs["x"].shape[2:], device="cuda")
+        actual, expected = outcome(on_triton, inputs), outcome(on_torch, wide(inputs))
+        assert_close(actual["dD"], expected["dD"], RELATIVE[FP32], "dD")
 
     def test_many_documents(self):
         inputs = draw((1, 30000, 1, 16, 16, 1), BF16, device="cuda", owners=30000)

@@ -24,12 +24,13 @@ from .problem import Problem, aligned, aligned_size, aligned_view, empty_aligned
 from .steps import discretize_backward_kernel, sum_chunks_kernel
 
 HEADS_PER_PROGRAM = 8  # of `discretize_backward`
+TOKENS_PER_PROGRAM = 16  # of `gate_backward`
 MIN_WORKSPACE = 1 << 28  # bytes of states that the backward pass may always hold
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """dx and ddt in the dtypes of x and dt, the others in float32, dB and dC where they had to be summed."""
+    """dx and dz in the dtype of x, ddt in that of dt, the others in float32, dB and dC where they had to be summed."""
 
     dx: Tensor
     ddt: Tensor
@@ -38,18 +39,23 @@ class Gradients:
     dC: Tensor | None
     ddt_bias: Tensor
     dD: Tensor
+    dz: Tensor | None
     d_initial: Tensor | None
 
 
 def backward(
     problem: Problem, D: Tensor | None, initial: Tensor | None, entering: Tensor | None, dy: Tensor | None,
-    d_final: Tensor | None, d_decay: Tensor | None = None,
+    d_final: Tensor | None, d_decay: Tensor | None = None, gate: tuple[Tensor, Tensor] | None = None,
 ) -> Gradients:  # fmt: skip
     """Gradients from those of y (None: only states were wanted), of the final states (None: not used) and of the
-    documents' total log decays, (rows of final states, nheads). entering: as `forward` kept it, None: not kept."""
+    documents' total log decays, (rows of final states, nheads). entering: as `forward` kept it, None: not kept; gate:
+    y before the gate, and z."""
     config, table = problem.config, problem.table
     x, B, C = problem.x, problem.B, problem.C
     size = config.chunk
+    dz = skip = None
+    if gate is not None and dy is not None:
+        dy, dz, skip = _gate_gradients(problem, D, dy, *gate)
     dy = None if dy is None else aligned(dy.to(x.dtype))
     initial, d_final = pad_states(initial, config), pad_states(d_final, config)
     steps = discretize(problem, size)
@@ -82,35 +88,43 @@ def backward(
             sweep(problem, steps, size, *ways, first_head, heads)
         if dy is not None:
             _pairs(problem, steps, dy, made, wave)
-            _outside(problem, steps, dy, made, wave, source=False)
-        _outside(problem, steps, dy, made, wave, source=True)
-        # after both: dx may lie where h was
+        _outside(problem, steps, dy, made, wave)
+        # afterwards: dx may lie where h was
         _dx(problem, steps, dy, D, made, wave)
         _discretize_backward(problem, steps, d_decay, made, wave)
     dB = _sum_shares(made.dB)
     dC = None if made.dC is None else _sum_shares(made.dC)
     dA, ddt_bias, dD = _sum_chunks(problem, made.shares)
-    if D is not None and D.ndim == 2:
-        dD = _skip_gradient(problem, dy)
+    if D is not None and D.ndim == 2 and skip is None:
+        skip = _skip_gradient(problem, dy)
+    if D is not None and skip is not None:
+        dD = skip if D.ndim == 2 else skip.sum(1)
     return Gradients(
-        made.dx, made.ddt, dA, dB, dC, ddt_bias, dD, None if d_initial is None else unpad_states(problem, d_initial)
+        made.dx, made.ddt, dA, dB, dC, ddt_bias, dD, dz, None if d_initial is None else unpad_states(problem, d_initial)
     )
 
 
-def gate_gradients(problem: Problem, dy: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of y before the gate and of z, all (batch, seqlen, nheads, headdim)."""
+def _gate_gradients(
+    problem: Problem, D: Tensor | None, dy: Tensor, ungated: Tensor, z: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of y before the gate and of z, both (batch, seqlen, nheads, headdim), and of a D with channels,
+    (nheads, headdim), if there is a D."""
     d_ungated, dz = torch.empty_like(ungated), torch.empty_like(ungated)
     dy, z = dy if dy.stride(-1) == 1 else dy.contiguous(), z if z.stride(-1) == 1 else z.contiguous()
-    batch, seqlen, nheads, headdim = z.shape
+    x = problem.x
+    batch, seqlen, nheads, headdim = x.shape
+    blocks = triton.cdiv(batch * seqlen, TOKENS_PER_PROGRAM)
+    shares = x.new_empty(0 if D is None else blocks, 1, nheads, headdim, dtype=torch.float32)
     problem.run(
-        gate_backward_kernel, (dy.stride(), ungated.stride(), z.stride()),
+        gate_backward_kernel, (dy.stride(), ungated.stride(), z.stride(), D is None),
         lambda: dict(
-            grid=(batch * seqlen, triton.cdiv(nheads * headdim, 1024)), **strides("dy", dy), **strides("y", ungated),
-            **strides("z", z), seqlen=seqlen, nheads=nheads, headdim=headdim, ELEMENTS=1024, num_warps=4,
+            grid=(blocks, triton.cdiv(nheads * headdim, 1024)), **strides("dy", dy), **strides("y", ungated),
+            **strides("z", z), **strides("x", x), ntokens=batch * seqlen, seqlen=seqlen, nheads=nheads,
+            headdim=headdim, TOKENS=TOKENS_PER_PROGRAM, ELEMENTS=1024, HAS_D=D is not None, num_warps=4,
         ),
-        dy_ptr=dy, ungated_ptr=ungated, z_ptr=z, d_ungated_ptr=d_ungated, dz_ptr=dz,
+        dy_ptr=dy, ungated_ptr=ungated, z_ptr=z, x_ptr=x, d_ungated_ptr=d_ungated, dz_ptr=dz, shares_ptr=shares,
     )  # fmt: skip
-    return d_ungated, dz.to(z.dtype)
+    return d_ungated, dz, None if D is None else _sum_chunks(problem, shares)[0]
 
 
 def _sum_shares(shares: Tensor) -> Tensor:
@@ -123,7 +137,7 @@ def _sum_chunks(problem: Problem, shares: Tensor) -> list[Tensor]:
     totals = [torch.empty(shares.shape[2:], dtype=torch.float32, device=shares.device) for _ in range(shares.shape[1])]
     columns = totals[0].numel()
     problem.run(
-        sum_chunks_kernel, (shares.shape[1], columns),
+        sum_chunks_kernel, shares.shape,
         lambda: dict(
             grid=(triton.cdiv(columns, 16), len(totals)), nchunks=len(shares), columns=columns, ROWS=128, COLUMNS=16,
             num_warps=4,
@@ -281,27 +295,27 @@ def _pairs(problem: Problem, steps: Steps, dy: Tensor, made: _Room, wave: Wave) 
     )  # fmt: skip
 
 
-def _outside(problem: Problem, steps: Steps, dy: Tensor | None, made: _Room, wave: Wave, source: bool) -> None:
-    """dB (source) or dC: the pairs inside chunks and the states around them."""
+def _outside(problem: Problem, steps: Steps, dy: Tensor | None, made: _Room, wave: Wave) -> None:
+    """dB and dC: the pairs inside chunks and the states around them."""
     config, chunks = problem.config, problem.table.by_chunk[problem.config.chunk]
-    x, B, C = problem.x, problem.B, problem.C
-    h, dh = (made.h, made.h_scales), (made.dh, made.dh_scales)
-    tensors: tuple = (x, B, C, made.dB, dh, h) if source else (dy, C, B, made.dC, h, dh)
-    rows, cols, others, out, (states, scales), (opposite, opposite_scales) = tensors
-    others = cols if others is None else others
+    x, B, dB = problem.x, problem.B, made.dB
+    # where there is no dy, nor C, these stand for pointers that are not read
+    some = x if dy is None else dy
+    C = B if problem.C is None else problem.C
+    dC = dB if made.dC is None else made.dC
     problem.run(
-        outside_kernel, (wave, source, rows.stride(), dy is None, out.stride()),
+        outside_kernel, (wave, None if dy is None else dy.stride(), dB.stride()),
         lambda: dict(
-            grid=_grid(problem, wave, 1), **_of_wave(problem, wave), **strides("", rows),
-            **strides("col", cols, "group"), **strides("other", others, "group"), out_part_stride=out.stride(0),
-            **strides("out", out[0], "group"), SOURCE=source, HAS_Q=dy is not None, SCALED=problem.scaled,
-            FLAT=_flat(config, rows),
+            grid=_grid(problem, wave, 1 if dy is None else 2), **_of_wave(problem, wave), **strides("x", x),
+            **strides("dy", some), **strides("B", B, "group"), **strides("C", C, "group"),
+            out_part_stride=dB.stride(0), **strides("out", dB[0], "group"), HAS_DY=dy is not None,
+            SCALED=problem.scaled, FLAT=_flat(config, x, some),
             # a wave that is part of a group adds to those before it
             ADD=wave.first % (problem.nheads // problem.ngroups) > 0, **_options(config.outside),
         ),
-        rows_ptr=rows, cum_ptr=steps.cum, weight_ptr=steps.weight, cols_ptr=cols, others_ptr=others,
-        states_ptr=states, scales_ptr=scales, opposite_ptr=opposite, opposite_scales_ptr=opposite_scales,
-        Q_ptr=made.Q, out_ptr=out, sums_ptr=made.sums, W_ptr=made.W, chunks_ptr=chunks.chunks,
+        x_ptr=x, dy_ptr=some, cum_ptr=steps.cum, weight_ptr=steps.weight, B_ptr=B, C_ptr=C, h_ptr=made.h,
+        h_scales_ptr=made.h_scales, dh_ptr=made.dh, dh_scales_ptr=made.dh_scales, Q_ptr=made.Q, dB_ptr=dB, dC_ptr=dC,
+        sums_ptr=made.sums, W_ptr=made.W, chunks_ptr=chunks.chunks,
     )  # fmt: skip
 
 

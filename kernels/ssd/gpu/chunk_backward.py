@@ -253,59 +253,38 @@ def dx_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SIZES)
-def outside_kernel(
-    rows_ptr, cum_ptr, weight_ptr, cols_ptr, others_ptr, states_ptr, scales_ptr, opposite_ptr, opposite_scales_ptr,
-    Q_ptr, out_ptr, sums_ptr, W_ptr, chunks_ptr, nchunks,
-    row_stride, token_stride, head_stride, col_row_stride, col_token_stride, col_group_stride,
-    other_row_stride, other_token_stride, other_group_stride, out_part_stride, out_row_stride, out_token_stride,
-    out_group_stride,
-    first_head, wheads, heads_per_program, nheads, ngroups, headdim, d_state,
-    L: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr,
-    SOURCE: tl.constexpr, HAS_Q: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, FLAT: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The gradient of C from rows dy and states h; of B, if SOURCE, from rows x, states dh and, for the decays, h.
+@triton.jit
+def _times_state(rows, state, PRECISION: tl.constexpr):
+    """rows state; a float16 state meets bfloat16 rows in two parts, so that they need not be converted."""
+    if rows.dtype == tl.bfloat16 and state.dtype == tl.float16:
+        wide = state.to(tl.float32)
+        high = wide.to(tl.bfloat16)
+        low = (wide - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(rows, low, tl.dot(rows, high))
+    else:
+        return tl.dot(rows, state, input_precision=PRECISION)
 
-    It begins with the pairs inside the chunk, Q, already summed over heads; ADD continues an earlier launch's sum.
-    sums: the chunk's pairs with targets after it (SOURCE) or with sources before it; W: those around it.
-    """
-    part, _, chunk = _place_of_program(wheads, heads_per_program, 1)
-    head0 = first_head + part * heads_per_program
-    group = head0 // (nheads // ngroups)
-    row, start, length = place(chunks_ptr, nchunks, chunk)
-    rows = span_tokens(rows_ptr, row, start, length, row_stride, token_stride, nheads, head_stride, headdim, L, P, FLAT)
-    cols = head_tokens(
-        cols_ptr, row, start, length, col_row_stride, col_token_stride, group, col_group_stride, d_state, L, N
-    )
-    # programs of one group that run at once write to different shares
-    share = (head0 % tl.minimum(wheads, nheads // ngroups)) // heads_per_program
-    out_ptr += share.to(tl.int64) * out_part_stride
-    out = head_tokens(
-        out_ptr, row, start, length, out_row_stride, out_token_stride, group, out_group_stride, d_state, L, N
-    )
-    offset = chunk.to(tl.int64) * (wheads * PT * P * N)
-    states = tl.make_tensor_descriptor(states_ptr + offset, [wheads * PT * P, N], [N, 1], [P, N])
-    if SOURCE:
-        opposites = tl.make_tensor_descriptor(opposite_ptr + offset, [wheads * PT * P, N], [N, 1], [P, N])
+
+@triton.jit
+def _outside_of_heads(
+    rows, cols, others, Qs, states, opposites, outs, cum_ptr, weight_ptr, scales_ptr, opposite_scales_ptr, sums_ptr,
+    W_ptr, chunk, nchunks, part, head0, wheads, heads_per_program, headdim,
+    L: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr, SOURCE: tl.constexpr, HAS_DY: tl.constexpr,
+    ADD: tl.constexpr, SCALED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The gradient of C from rows dy and states h; of B, if SOURCE, from rows x, states dh and, for the decays, h."""
     offs_l = tl.arange(0, L)
     if ADD:
-        sum = out.load([0, 0]).to(tl.float32)
+        total = outs.load([0, 0]).to(tl.float32)
     else:
-        sum = tl.zeros([L, N], tl.float32)
-    if HAS_Q:
-        others = head_tokens(
-            others_ptr, row, start, length, other_row_stride, other_token_stride, group, other_group_stride, d_state,
-            L, N,
-        )  # fmt: skip
-        Qs = tl.make_tensor_descriptor(Q_ptr + (part.to(tl.int64) * nchunks + chunk) * L * L, [L, L], [L, 1], [L, L])
+        total = tl.zeros([L, N], tl.float32)
+    if HAS_DY:
         Q = Qs.load([0, 0])
         if not SOURCE:
             Q = tl.trans(Q)
-        sum = tl.dot(Q, others.load([0, 0]), sum, input_precision=PRECISION)
+        total = tl.dot(Q, others.load([0, 0]), total, input_precision=PRECISION)
     col = cols.load([0, 0])
     slots = nchunks.to(tl.int64) * L
-    plane = wheads * PT * slots
     for i in tl.range(0, heads_per_program * PT, num_stages=STAGES):
         head = head0 + i // PT
         p_tile = i % PT
@@ -318,25 +297,79 @@ def outside_kernel(
         else:
             weight = tl.exp2(tl.load(cum_ptr + slot + offs_l))
         if SCALED:
-            r, r_down = rows_in_half(r)
             scale = chunk.to(tl.int64) * (wheads * PT) + v
             down = tl.load(scales_ptr + scale)
-            weight *= r_down * down
-        term = tl.dot(r, state, input_precision=PRECISION) * weight[:, None]
-        sum += term
-        at = sums_ptr + v * slots + chunk * L + offs_l
-        if SOURCE:
-            at += 5 * plane
-        else:
-            at += 4 * plane
-        tl.store(at, tl.sum(term * col.to(tl.float32), 1))
+            weight *= down
         if SOURCE:
             # trace(dh h^T)
             W = tl.sum(state.to(tl.float32) * opposites.load([v * P, 0]).to(tl.float32))
             if SCALED:
                 W *= down * tl.load(opposite_scales_ptr + scale)
             tl.store(W_ptr + v.to(tl.int64) * nchunks + chunk, W)
-    out.store([0, 0], sum.to(out_ptr.dtype.element_ty))
+        product = _times_state(r, state, PRECISION)
+        total += product * weight[:, None]
+        at = sums_ptr + v * slots + chunk * L + offs_l
+        tl.store(at, tl.sum(product * col.to(tl.float32), 1) * weight)
+    outs.store([0, 0], total.to(outs.dtype))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def outside_kernel(
+    x_ptr, dy_ptr, cum_ptr, weight_ptr, B_ptr, C_ptr, h_ptr, h_scales_ptr, dh_ptr, dh_scales_ptr, Q_ptr, dB_ptr, dC_ptr,
+    sums_ptr, W_ptr, chunks_ptr, nchunks,
+    x_row_stride, x_token_stride, x_head_stride, dy_row_stride, dy_token_stride, dy_head_stride,
+    B_row_stride, B_token_stride, B_group_stride, C_row_stride, C_token_stride, C_group_stride,
+    out_part_stride, out_row_stride, out_token_stride, out_group_stride,
+    first_head, wheads, heads_per_program, nheads, ngroups, headdim, d_state,
+    L: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr, HAS_DY: tl.constexpr, ADD: tl.constexpr,
+    SCALED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The gradients of B and of C of a chunk, each the work of one program.
+
+    They begin with the pairs inside the chunk, Q, already summed over heads; ADD continues an earlier launch's sums.
+    sums: the chunk's pairs with sources before it, and with targets after it; W: those around it.
+    """
+    # the two of a chunk are neighbours in the launch: they read the same h at the same time
+    part, side, chunk = _place_of_program(wheads, heads_per_program, 1 + HAS_DY)
+    head0 = first_head + part * heads_per_program
+    group = head0 // (nheads // ngroups)
+    row, start, length = place(chunks_ptr, nchunks, chunk)
+    offset = chunk.to(tl.int64) * (wheads * PT * P * N)
+    hs = tl.make_tensor_descriptor(h_ptr + offset, [wheads * PT * P, N], [N, 1], [P, N])
+    dhs = tl.make_tensor_descriptor(dh_ptr + offset, [wheads * PT * P, N], [N, 1], [P, N])
+    Bs = head_tokens(B_ptr, row, start, length, B_row_stride, B_token_stride, group, B_group_stride, d_state, L, N)
+    Cs = head_tokens(C_ptr, row, start, length, C_row_stride, C_token_stride, group, C_group_stride, d_state, L, N)
+    Qs = tl.make_tensor_descriptor(Q_ptr + (part.to(tl.int64) * nchunks + chunk) * L * L, [L, L], [L, 1], [L, L])
+    # programs of one group that run at once write to different shares
+    share = (head0 % tl.minimum(wheads, nheads // ngroups)) // heads_per_program
+    share = share.to(tl.int64) * out_part_stride
+    plane = wheads * PT * (nchunks.to(tl.int64) * L)
+    if side == 0:
+        xs = span_tokens(
+            x_ptr, row, start, length, x_row_stride, x_token_stride, nheads, x_head_stride, headdim, L, P, FLAT
+        )
+        dBs = head_tokens(
+            dB_ptr + share, row, start, length, out_row_stride, out_token_stride, group, out_group_stride, d_state,
+            L, N,
+        )  # fmt: skip
+        _outside_of_heads(
+            xs, Bs, Cs, Qs, dhs, hs, dBs, cum_ptr, weight_ptr, dh_scales_ptr, h_scales_ptr, sums_ptr + 5 * plane, W_ptr,
+            chunk, nchunks, part, head0, wheads, heads_per_program, headdim, L, P, N, PT, True, HAS_DY, ADD, SCALED,
+            FLAT, PRECISION, STAGES,
+        )  # fmt: skip
+    elif HAS_DY:
+        dys = span_tokens(
+            dy_ptr, row, start, length, dy_row_stride, dy_token_stride, nheads, dy_head_stride, headdim, L, P, FLAT
+        )
+        dCs = head_tokens(
+            dC_ptr + share, row, start, length, out_row_stride, out_token_stride, group, out_group_stride, d_state,
+            L, N,
+        )  # fmt: skip
+        _outside_of_heads(
+            dys, Cs, Bs, Qs, hs, dhs, dCs, cum_ptr, weight_ptr, h_scales_ptr, dh_scales_ptr, sums_ptr + 4 * plane,
+            W_ptr, chunk, nchunks, part, head0, wheads, heads_per_program, headdim, L, P, N, PT, False, HAS_DY, ADD,
+            SCALED, FLAT, PRECISION, STAGES,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["nchunks", "nheads", "headdim"])

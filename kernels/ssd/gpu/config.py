@@ -88,7 +88,7 @@ def choose(headdim: int, d_state: int, dtype: torch.dtype, capability: int) -> C
         )  # fmt: skip
     return Config(
         64, 64, 64, P, channels // P, N, N,
-        Launch(8, 2), sweep, Launch(4, 2), Launch(8, 1), Launch(4, 2),
+        Launch(8, 2), sweep, Launch(4, 2), Launch(8, 1), Launch(8, 2),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from .backward import backward, gate_gradients
+from .backward import backward
 from .forward import entering_gradient, forward, leaving
 from .problem import make_problem
 
@@ -129,10 +129,8 @@ def ssd_scan_backward(
     none = lambda: x.new_empty(0)  # noqa: E731
     limits = (dt_min, dt_max)
     problem = make_problem(x, dt, A, B, C, dt_bias, dt_softplus, limits, offsets, enters, leaves)
-    dz = None
-    if z is not None and dy is not None:
-        dy, dz = gate_gradients(problem, dy, ungated, z)
-    made = backward(problem, D, initial_states, entering if entering.numel() else None, dy, d_final)
+    gate = None if z is None else (ungated, z)
+    made = backward(problem, D, initial_states, entering if entering.numel() else None, dy, d_final, gate=gate)
     return (
         made.dx.contiguous(),
         made.ddt,
@@ -140,7 +138,7 @@ def ssd_scan_backward(
         made.dB.to(B.dtype).contiguous(),
         _contiguous(C).zero_() if made.dC is None else made.dC.to(C.dtype).contiguous(),
         none() if D is None else made.dD.to(D.dtype),
-        none() if z is None else _contiguous(z).zero_() if dz is None else dz.contiguous(),
+        none() if z is None else _contiguous(z).zero_() if made.dz is None else made.dz.to(z.dtype).contiguous(),
         none() if dt_bias is None else made.ddt_bias.to(dt_bias.dtype),
         none() if made.d_initial is None else made.d_initial,
     )
