@@ -62,13 +62,21 @@ def cases(choice, dtype):
     few = config.Launch(4, 3)
     step = {"L": choice.chunk, "HAS_BIAS": True, "SOFTPLUS": True}
     yield "discretize", steps.discretize_kernel, few, step | {"H": forward.HEADS_PER_STEP_PROGRAM}
-    more = {"K": choice.block, "H": backward.HEADS_PER_PROGRAM, "PT": choice.P_tiles, "HAS_D_DECAY": True}
+    more = {
+        "K": choice.block,
+        "H": backward.HEADS_PER_PROGRAM,
+        "P": choice.P,
+        "PT": choice.P_tiles,
+        "HAS_D_DECAY": True,
+    }
     yield "discretize_backward", steps.discretize_backward_kernel, few, step | more
     size = choice.N * choice.P * choice.P_tiles
     yield "pass", sweep.pass_kernel, few, {"SIZE": size, "BLOCK": min(size, 1024), "REVERSE": False, "STORE": True}
     yield "sum_chunks", steps.sum_chunks_kernel, few, {"ROWS": 128, "COLUMNS": 16}
     yield "skip", chunk_backward.skip_kernel, few, {"L": choice.chunk, "P": choice.P, "PT": choice.P_tiles}
-    yield "gate_backward", gate.gate_backward_kernel, few, {"TOKENS": 16, "ELEMENTS": 1024, "HAS_D": True}
+    channels = choice.state_shape[0]
+    gated = {"T": backward.GATED_TILE // channels, "P": channels, "HAS_D": True}
+    yield "gate_backward", gate.gate_backward_kernel, few, gated
 
 
 def compile_kernel(kernel, launch, constants, dtype, capability):

@@ -24,7 +24,7 @@ from .problem import Problem, aligned, aligned_size, aligned_view, empty_aligned
 from .steps import discretize_backward_kernel, sum_chunks_kernel
 
 HEADS_PER_PROGRAM = 8  # of `discretize_backward`
-TOKENS_PER_PROGRAM = 16  # of `gate_backward`
+GATED_TILE = 4096  # elements of a program of `gate_backward`
 MIN_WORKSPACE = 1 << 28  # bytes of states that the backward pass may always hold
 
 
@@ -98,7 +98,7 @@ def backward(
     if D is not None and D.ndim == 2 and skip is None:
         skip = _skip_gradient(problem, dy)
     if D is not None and skip is not None:
-        dD = skip if D.ndim == 2 else skip.sum(1)
+        dD = skip.contiguous() if D.ndim == 2 else skip.sum(1)
     return Gradients(
         made.dx, made.ddt, dA, dB, dC, ddt_bias, dD, dz, None if d_initial is None else unpad_states(problem, d_initial)
     )
@@ -113,18 +113,20 @@ def _gate_gradients(
     dy, z = dy if dy.stride(-1) == 1 else dy.contiguous(), z if z.stride(-1) == 1 else z.contiguous()
     x = problem.x
     batch, seqlen, nheads, headdim = x.shape
-    blocks = triton.cdiv(batch * seqlen, TOKENS_PER_PROGRAM)
-    shares = x.new_empty(0 if D is None else blocks, 1, nheads, headdim, dtype=torch.float32)
+    channels = problem.config.state_shape[0]
+    size = GATED_TILE // channels
+    blocks = triton.cdiv(batch * seqlen, size)
+    shares = x.new_empty(0 if D is None else blocks, 1, nheads, channels, dtype=torch.float32)
     problem.run(
         gate_backward_kernel, (dy.stride(), ungated.stride(), z.stride(), D is None),
         lambda: dict(
-            grid=(blocks, triton.cdiv(nheads * headdim, 1024)), **strides("dy", dy), **strides("y", ungated),
-            **strides("z", z), **strides("x", x), ntokens=batch * seqlen, seqlen=seqlen, nheads=nheads,
-            headdim=headdim, TOKENS=TOKENS_PER_PROGRAM, ELEMENTS=1024, HAS_D=D is not None, num_warps=4,
+            grid=(blocks * nheads,), **strides("dy", dy), **strides("y", ungated), **strides("z", z), **strides("x", x),
+            ntokens=batch * seqlen, seqlen=seqlen, nheads=nheads, headdim=headdim, T=size, P=channels,
+            HAS_D=D is not None, num_warps=4,
         ),
         dy_ptr=dy, ungated_ptr=ungated, z_ptr=z, x_ptr=x, d_ungated_ptr=d_ungated, dz_ptr=dz, shares_ptr=shares,
     )  # fmt: skip
-    return d_ungated, dz, None if D is None else _sum_chunks(problem, shares)[0]
+    return d_ungated, dz, None if D is None else _sum_chunks(problem, shares)[0][:, :headdim]
 
 
 def _sum_shares(shares: Tensor) -> Tensor:
@@ -163,7 +165,7 @@ def _skip_gradient(problem: Problem, dy: Tensor | None) -> Tensor:
         ),
         x_ptr=x, dy_ptr=dy, shares_ptr=shares, chunks_ptr=chunks.chunks,
     )  # fmt: skip
-    return _sum_chunks(problem, shares[:, None])[0][:, : x.shape[3]].contiguous()
+    return _sum_chunks(problem, shares[:, None])[0][:, : x.shape[3]]
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ def _room(problem: Problem, has_dy: bool, wheads: int, heads_per_program: int) -
         # without dy no pairs are written
         S=fill(problem.ngroups, slots),
         sums=fill(6, wheads * config.P_tiles, slots),
-        W=new(wheads * config.P_tiles, nchunks),
+        W=new(wheads * config.P_tiles, nchunks, config.P),
         unread=new(1),
     )
 
@@ -351,7 +353,7 @@ def _discretize_backward(problem: Problem, steps: Steps, d_decay: Tensor | None,
             **strides("", dt), d_row_stride=ddt.stride(0), d_token_stride=ddt.stride(1), first_head=wave.first,
             wheads=wave.heads, nheads=problem.nheads, ngroups=problem.ngroups, low=float(problem.dt_limit[0]),
             high=float(problem.dt_limit[1]), L=config.chunk, K=config.block, H=HEADS_PER_PROGRAM,
-            PT=config.P_tiles, HAS_BIAS=bias is not None, SOFTPLUS=problem.dt_softplus,
+            P=config.P, PT=config.P_tiles, HAS_BIAS=bias is not None, SOFTPLUS=problem.dt_softplus,
             HAS_D_DECAY=d_decay is not None, num_warps=4,
         ),
         dt_ptr=dt, dt_bias_ptr=problem.A if bias is None else bias, A_ptr=problem.A, cum_ptr=steps.cum,

@@ -255,7 +255,7 @@ def dx_kernel(
 
 @triton.jit
 def _times_state(rows, state, PRECISION: tl.constexpr):
-    """rows state; a float16 state meets bfloat16 rows in two parts, so that they need not be converted."""
+    """rows state; a float16 state meets bfloat16 rows in two parts, as those would need scaling to become float16."""
     if rows.dtype == tl.bfloat16 and state.dtype == tl.float16:
         wide = state.to(tl.float32)
         high = wide.to(tl.bfloat16)
@@ -272,7 +272,7 @@ def _outside_of_heads(
     L: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PT: tl.constexpr, SOURCE: tl.constexpr, HAS_DY: tl.constexpr,
     ADD: tl.constexpr, SCALED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of C from rows dy and states h; of B, if SOURCE, from rows x, states dh and, for the decays, h."""
+    """The gradient of C, from rows dy and states h, or if SOURCE of B, from x, dh and, for the decays, h."""
     offs_l = tl.arange(0, L)
     if ADD:
         total = outs.load([0, 0]).to(tl.float32)
@@ -301,11 +301,11 @@ def _outside_of_heads(
             down = tl.load(scales_ptr + scale)
             weight *= down
         if SOURCE:
-            # trace(dh h^T)
-            W = tl.sum(state.to(tl.float32) * opposites.load([v * P, 0]).to(tl.float32))
+            # trace(dh h^T), of every channel: its sum would have all warps wait
+            W = tl.sum(state.to(tl.float32) * opposites.load([v * P, 0]).to(tl.float32), 1)
             if SCALED:
                 W *= down * tl.load(opposite_scales_ptr + scale)
-            tl.store(W_ptr + v.to(tl.int64) * nchunks + chunk, W)
+            tl.store(W_ptr + (v.to(tl.int64) * nchunks + chunk) * P + tl.arange(0, P), W)
         product = _times_state(r, state, PRECISION)
         total += product * weight[:, None]
         at = sums_ptr + v * slots + chunk * L + offs_l
@@ -327,7 +327,7 @@ def outside_kernel(
     """The gradients of B and of C of a chunk, each the work of one program.
 
     They begin with the pairs inside the chunk, Q, already summed over heads; ADD continues an earlier launch's sums.
-    sums: the chunk's pairs with sources before it, and with targets after it; W: those around it.
+    sums: the chunk's pairs with sources before it, and with targets after it; W: those around it, by channel.
     """
     # the two of a chunk are neighbours in the launch: they read the same h at the same time
     part, side, chunk = _place_of_program(wheads, heads_per_program, 1 + HAS_DY)

@@ -95,7 +95,7 @@ def discretize_backward_kernel(
     dt_ptr, dt_bias_ptr, A_ptr, cum_ptr, steepest_ptr, sums_ptr, W_ptr, S_ptr, ddt_ptr, shares_ptr, d_decay_ptr,
     chunks_ptr, nchunks,
     row_stride, token_stride, head_stride, d_row_stride, d_token_stride, first_head, wheads, nheads, ngroups, low, high,
-    L: tl.constexpr, K: tl.constexpr, H: tl.constexpr, PT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    L: tl.constexpr, K: tl.constexpr, H: tl.constexpr, P: tl.constexpr, PT: tl.constexpr, HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_D_DECAY: tl.constexpr,
 ):  # fmt: skip
     """The gradients of raw dt, and each chunk's shares, (nchunks, 3, nheads), of those of A, dt_bias and D, from sums
@@ -140,7 +140,8 @@ def discretize_backward_kernel(
         before += tl.load(at + 4 * plane, mask=inside, other=0.0)
         after += tl.load(at + 5 * plane, mask=inside, other=0.0)
         earlier += tl.load(at + 5 * plane - 1, mask=inside & (offs_l[:, None] > 0), other=0.0)
-        through += tl.load(W_ptr + v.to(tl.int64) * nchunks + chunk, mask=known, other=0.0)
+        Ws = W_ptr + (v[:, None].to(tl.int64) * nchunks + chunk) * P + tl.arange(0, P)[None, :]
+        through += tl.sum(tl.load(Ws, mask=known[:, None], other=0.0), 1)
     cum_end = tl.load(cum_ptr + offs_h.to(tl.int64) * slots + chunk * L + L - 1, mask=known, other=0.0)
     steepest = tl.load(steepest_ptr + offs_h.to(tl.int64) * nchunks + chunk, mask=known, other=0.0)
     steep = (steepest < STEEP)[None, :]
