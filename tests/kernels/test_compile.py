@@ -44,7 +44,7 @@ def test_fits(capability, dtype, headdim, d_state):
     for name, needs in compiled(capability, dtype, headdim, d_state).items():
         assert needs["shared"] <= SHARED[capability], (name, needs)
         # registers that spill: few where tiles were chosen with care
-        assert needs["stack"] <= (1536 if dtype == "float32" else 512 if d_state > 128 else 256), (name, needs)
+        assert needs["stack"] <= (1536 if dtype == "float32" else 1024 if d_state > 128 else 256), (name, needs)
 
 
 def test_hopper_is_used_well():
