@@ -46,7 +46,7 @@ interpreted = pytest.mark.skipif(not launcher.INTERPRETED, reason="needs Triton'
 SHAPES = [
     (1, 1, 16, 64, 128, 1), (3, 63, 5, 64, 128, 1), (1, 65, 8, 32, 16, 2), (2, 257, 8, 64, 64, 8),
     (1, 1000, 80, 64, 128, 8), (1, 4103, 8, 128, 128, 1), (1, 300, 4, 128, 256, 1), (2, 129, 4, 16, 16, 4),
-    (1, 200, 4, 24, 20, 2), (1, 8192, 2, 64, 128, 1), (1, 1, 4, 18, 20, 1),
+    (1, 200, 4, 24, 20, 2), (1, 8192, 2, 64, 128, 1), (1, 1, 4, 18, 20, 1), (1, 300, 4, 96, 64, 2),
 ]  # fmt: skip
 MEDIUM = (1, 300, 4, 64, 128, 2)
 PLACES = [
@@ -105,9 +105,14 @@ class TestInterpreted:
         inputs = without(draw((1, 40, 2, 18, 20, 1), FP32, gate=True, D_has_hdim=dt_softplus), *absent)
         check_scan(inputs, dt_softplus=dt_softplus, dt_limit=(0.004, 0.05))
 
-    @pytest.mark.parametrize("loss", [("y",), ("final_states",)])
-    def test_one_loss(self, loss):
-        check_scan(draw((2, 35, 2, 16, 16, 1), FP32, gate=True), loss=loss)
+    @pytest.mark.parametrize("headdim", [1, 48, 96, 128])
+    def test_headdims(self, headdim):
+        """With tiles of 32 channels."""
+        check_scan(draw((1, 40, 2, headdim, 16, 1), FP32, D_has_hdim=True))
+
+    def test_a_gate_in_blocks(self, monkeypatch):
+        monkeypatch.setattr(backward, "GATED_TILE", 256)
+        check_scan(draw((2, 35, 2, 16, 16, 1), FP32, gate=True))
 
     @pytest.mark.parametrize("loss", [("y", "final_states"), ("final_states",)])
     def test_documents(self, loss):
@@ -117,20 +122,6 @@ class TestInterpreted:
     def test_documents_by_index(self):
         seq_idx = torch.tensor([[3] * 31 + [4] + [0] * 38, [2] * 70])
         check_scan(draw((2, 70, 2, 16, 16, 1), FP32), seq_idx=seq_idx)
-
-    @pytest.mark.parametrize("chosen", [None, [7, 2, 0]])
-    def test_spans(self, chosen):
-        def scan_and_leave(backend, initial_states, **arguments):
-            documents = {"chunk_size": 32, "cu_seqlens": torch.tensor(OFFSETS)}
-            span = SSDSpan(**arguments, **documents, dt_softplus=True, backend=backend)
-            state, decay = span.leaving(chosen)
-            y, final = span.scan(initial_states, into=chosen, final_states=False)
-            assert final is None
-            return y, torch.cat([state.flatten(2), decay[..., None]], -1)
-
-        inputs = draw((1, 150, 1, 24, 20, 1), FP32, owners=len(chosen or OFFSETS[1:]))
-        actual = outcome(functools.partial(scan_and_leave, "triton"), inputs)
-        check(actual, outcome(functools.partial(scan_and_leave, "torch"), wide(inputs)), SSD_INTERPRETED)
 
     @pytest.mark.parametrize("processors", [1, 8])
     def test_state_gradient(self, processors, monkeypatch):
@@ -308,6 +299,36 @@ class TestEverywhere:
         check_identical(actual, outcome(on_triton, inputs))
         check(actual, outcome(on_torch, wide(inputs)), SSD[dtype])
 
+    @pytest.mark.parametrize("loss", [("y",), ("final_states",)])
+    def test_one_loss(self, loss, device, shape, dtype, poisoned):
+        bounds = SSD_INTERPRETED if device == "cpu" else SSD[dtype]
+        check_scan(draw(shape, dtype, device=device, gate=True), bounds, on_torch, loss=loss)
+
+    @pytest.mark.parametrize("chosen", [None, [7, 2, 0]])
+    def test_spans(self, chosen, device, shape, dtype, poisoned):
+        offsets = torch.tensor([*OFFSETS[:-2], shape[1], shape[1]])
+
+        def scan_and_leave(backend, initial_states, **arguments):
+            documents = {"chunk_size": 32, "cu_seqlens": offsets}
+            span = SSDSpan(**arguments, **documents, dt_softplus=True, backend=backend)
+            state, decay = span.leaving(chosen)
+            y, final = span.scan(initial_states, into=chosen, final_states=False)
+            assert final is None
+            return y, torch.cat([state.flatten(2), decay[..., None]], -1)
+
+        inputs = draw(shape, dtype, device=device, owners=len(chosen or OFFSETS[1:]))
+        actual = outcome(functools.partial(scan_and_leave, "triton"), inputs)
+        bounds = SSD_INTERPRETED if device == "cpu" else SSD[dtype]
+        check(actual, outcome(functools.partial(scan_and_leave, "torch"), wide(inputs)), bounds)
+
+    def test_state_gradient(self, device, shape, dtype, poisoned):
+        inputs = without(draw(shape, dtype, device=device, owners=3), "z", "D")
+        offsets, gradient = torch.tensor([0, 0, 31, shape[1]]), cotangent(inputs["x"].shape, inputs["x"].device)
+        expected = outcome(on_torch, wide(inputs), loss=("y",), cu_seqlens=offsets)["dinitial_states"]
+        C, dt, A, dt_bias = (inputs[name] for name in ("C", "dt", "A", "dt_bias"))
+        actual = ops.ssd_state_gradient(gradient.to(dtype), C, dt, A, dt_bias, offsets, None, 3, True, 0.0, math.inf)
+        assert_close(actual, expected, SSD[dtype]["dinitial_states"])
+
     def test_packed_documents_equal_separate_ones(self, device, shape, dtype):
         offsets = torch.tensor([*OFFSETS[:-2], shape[1], shape[1]])
 
@@ -363,7 +384,7 @@ class TestEverywhere:
 class TestOnGPU:
     @pytest.mark.parametrize(
         ("dtype", "shape"),
-        [*((BF16, shape) for shape in SHAPES), (FP16, SHAPES[1]), *((FP32, SHAPES[n]) for n in (0, 1, 4, 8, 9))],
+        [*((BF16, shape) for shape in SHAPES), (FP16, SHAPES[1]), *((FP32, SHAPES[n]) for n in (0, 1, 4, 8, 9, 11))],
         ids=str,
     )
     def test_shapes(self, dtype, shape, poisoned):

@@ -276,8 +276,9 @@ def _grid(problem: Problem, wave: Wave, blocks: int) -> tuple[int]:
 
 
 def _flat(config: Config, *tensors: Tensor) -> bool:
-    """Whether heads lie side by side and channel tiles divide them."""
-    return all(tensor.stride(2) == tensor.shape[3] and tensor.shape[3] % config.P == 0 for tensor in tensors)
+    """Whether heads lie side by side, each of whole channel tiles."""
+    channels, _ = config.state_shape
+    return all(tensor.stride(2) == tensor.shape[3] == channels for tensor in tensors)
 
 
 def _pairs(problem: Problem, steps: Steps, dy: Tensor, made: _Room, wave: Wave) -> None:

@@ -26,7 +26,7 @@ class Config:
 
     scan_chunk: tokens of a chunk in the forward pass; chunk: in the backward pass; block: source tokens of a program
     there, chunk or chunk / 2; P and N: tile of a state, P_tiles and sweep_N: how many channel tiles a head has and the
-    state dimensions of a tile in the sweeps.
+    state dimensions of a tile in the sweeps, all of them in half precision, as their states are scaled whole.
     """
 
     scan_chunk: int

@@ -56,7 +56,7 @@ def span_tokens(
     W: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    """Descriptor of all heads' tokens of a span. FLAT: heads lie side by side and tiles divide them."""
+    """Descriptor of all heads' tokens of a span. FLAT: heads lie side by side, each of whole tiles."""
     base = ptr + row.to(tl.int64) * row_stride + start.to(tl.int64) * token_stride
     if FLAT:
         return tl.make_tensor_descriptor(base, [length, heads * width], [token_stride, 1], [L, W])
