@@ -62,13 +62,8 @@ def cases(choice, dtype):
     few = config.Launch(4, 3)
     step = {"L": choice.chunk, "HAS_BIAS": True, "SOFTPLUS": True}
     yield "discretize", steps.discretize_kernel, few, step | {"H": forward.HEADS_PER_STEP_PROGRAM}
-    more = {
-        "K": choice.block,
-        "H": backward.HEADS_PER_PROGRAM,
-        "P": choice.P,
-        "PT": choice.P_tiles,
-        "HAS_D_DECAY": True,
-    }
+    tiles = {"K": choice.block, "P": choice.P, "PT": choice.P_tiles}
+    more = tiles | {"H": backward.HEADS_PER_PROGRAM, "HAS_D_DECAY": True}
     yield "discretize_backward", steps.discretize_backward_kernel, few, step | more
     size = choice.N * choice.P * choice.P_tiles
     yield "pass", sweep.pass_kernel, few, {"SIZE": size, "BLOCK": min(size, 1024), "REVERSE": False, "STORE": True}

@@ -90,6 +90,30 @@ def half_precision_tiles(headdim, d_state, *_):
     return config.choose(headdim, d_state, BF16, 90)
 
 
+def check_spans(inputs, bounds, chosen):
+    """What chosen documents leave, and outputs when states enter them."""
+    seqlen = inputs["x"].shape[1]
+    documents = {"chunk_size": 32, "cu_seqlens": torch.tensor([*OFFSETS[:-2], seqlen, seqlen])}
+
+    def scan_and_leave(backend, initial_states, **arguments):
+        span = SSDSpan(**arguments, **documents, dt_softplus=True, backend=backend)
+        state, decay = span.leaving(chosen)
+        y, final = span.scan(initial_states, into=chosen, final_states=False)
+        assert final is None
+        return y, torch.cat([state.flatten(2), decay[..., None]], -1)
+
+    actual = outcome(functools.partial(scan_and_leave, "triton"), inputs)
+    check(actual, outcome(functools.partial(scan_and_leave, "torch"), wide(inputs)), bounds)
+
+
+def state_gradient(inputs, offsets):
+    """By the sweep alone, of the documents' entering states."""
+    C, dt, A, dt_bias = (inputs[name] for name in ("C", "dt", "A", "dt_bias"))
+    dy = cotangent(inputs["x"].shape, C.device).to(C.dtype)
+    steps = (True, 0.0, math.inf)
+    return ops.call(ops.ssd_state_gradient, dy, C, dt, A, dt_bias, offsets, None, len(offsets) - 1, *steps)
+
+
 @interpreted
 @pytest.mark.usefixtures("poisoned")
 class TestInterpreted:
@@ -104,6 +128,10 @@ class TestInterpreted:
     def test_arguments(self, absent, dt_softplus):
         inputs = without(draw((1, 40, 2, 18, 20, 1), FP32, gate=True, D_has_hdim=dt_softplus), *absent)
         check_scan(inputs, dt_softplus=dt_softplus, dt_limit=(0.004, 0.05))
+
+    @pytest.mark.parametrize("loss", [("y",), ("final_states",)])
+    def test_one_loss(self, loss):
+        check_scan(draw((2, 35, 2, 16, 16, 1), FP32, gate=True), loss=loss)
 
     @pytest.mark.parametrize("headdim", [1, 48, 96, 128])
     def test_headdims(self, headdim):
@@ -123,19 +151,20 @@ class TestInterpreted:
         seq_idx = torch.tensor([[3] * 31 + [4] + [0] * 38, [2] * 70])
         check_scan(draw((2, 70, 2, 16, 16, 1), FP32), seq_idx=seq_idx)
 
+    @pytest.mark.parametrize("chosen", [None, [7, 2, 0]])
+    def test_spans(self, chosen):
+        inputs = draw((1, 150, 1, 24, 20, 1), FP32, owners=len(chosen or OFFSETS[1:]))
+        check_spans(inputs, SSD_INTERPRETED, chosen)
+
     @pytest.mark.parametrize("processors", [1, 8])
     def test_state_gradient(self, processors, monkeypatch):
         monkeypatch.setattr(launcher, "INTERPRETED_AS", (90, processors))
         inputs, offsets = draw((1, 300, 2, 24, 20, 1), FP32, owners=3), torch.tensor([0, 0, 31, 300])
         expected = outcome(by_definition, wide(inputs), loss=("y",), cu_seqlens=offsets)["dinitial_states"]
-        C, dt, A, dt_bias = (inputs[name] for name in ("C", "dt", "A", "dt_bias"))
-        dy = cotangent(inputs["x"].shape, torch.device("cpu")).float()
-        actual = ops.ssd_state_gradient(dy, C, dt, A, dt_bias, offsets, None, 3, True, 0.0, math.inf)
-        assert_close(actual, expected, RELATIVE[FP32])
+        assert_close(state_gradient(inputs, offsets), expected, RELATIVE[FP32])
+        inputs["C"].requires_grad_()
         with pytest.raises(NotImplementedError, match="none of its own"):
-            ops.call(
-                ops.ssd_state_gradient, dy.requires_grad_(), C, dt, A, dt_bias, offsets, None, 3, True, 0.0, math.inf
-            ).sum().backward()
+            state_gradient(inputs, offsets).sum().backward()
 
     @pytest.mark.parametrize("ngroups", [1, 2])
     def test_tiles(self, ngroups, monkeypatch):
@@ -299,36 +328,6 @@ class TestEverywhere:
         check_identical(actual, outcome(on_triton, inputs))
         check(actual, outcome(on_torch, wide(inputs)), SSD[dtype])
 
-    @pytest.mark.parametrize("loss", [("y",), ("final_states",)])
-    def test_one_loss(self, loss, device, shape, dtype, poisoned):
-        bounds = SSD_INTERPRETED if device == "cpu" else SSD[dtype]
-        check_scan(draw(shape, dtype, device=device, gate=True), bounds, on_torch, loss=loss)
-
-    @pytest.mark.parametrize("chosen", [None, [7, 2, 0]])
-    def test_spans(self, chosen, device, shape, dtype, poisoned):
-        offsets = torch.tensor([*OFFSETS[:-2], shape[1], shape[1]])
-
-        def scan_and_leave(backend, initial_states, **arguments):
-            documents = {"chunk_size": 32, "cu_seqlens": offsets}
-            span = SSDSpan(**arguments, **documents, dt_softplus=True, backend=backend)
-            state, decay = span.leaving(chosen)
-            y, final = span.scan(initial_states, into=chosen, final_states=False)
-            assert final is None
-            return y, torch.cat([state.flatten(2), decay[..., None]], -1)
-
-        inputs = draw(shape, dtype, device=device, owners=len(chosen or OFFSETS[1:]))
-        actual = outcome(functools.partial(scan_and_leave, "triton"), inputs)
-        bounds = SSD_INTERPRETED if device == "cpu" else SSD[dtype]
-        check(actual, outcome(functools.partial(scan_and_leave, "torch"), wide(inputs)), bounds)
-
-    def test_state_gradient(self, device, shape, dtype, poisoned):
-        inputs = without(draw(shape, dtype, device=device, owners=3), "z", "D")
-        offsets, gradient = torch.tensor([0, 0, 31, shape[1]]), cotangent(inputs["x"].shape, inputs["x"].device)
-        expected = outcome(on_torch, wide(inputs), loss=("y",), cu_seqlens=offsets)["dinitial_states"]
-        C, dt, A, dt_bias = (inputs[name] for name in ("C", "dt", "A", "dt_bias"))
-        actual = ops.ssd_state_gradient(gradient.to(dtype), C, dt, A, dt_bias, offsets, None, 3, True, 0.0, math.inf)
-        assert_close(actual, expected, SSD[dtype]["dinitial_states"])
-
     def test_packed_documents_equal_separate_ones(self, device, shape, dtype):
         offsets = torch.tensor([*OFFSETS[:-2], shape[1], shape[1]])
 
@@ -382,6 +381,24 @@ class TestEverywhere:
 
 @pytest.mark.gpu
 class TestOnGPU:
+    @pytest.mark.parametrize("dtype", [BF16, FP32])
+    @pytest.mark.parametrize("loss", [("y",), ("final_states",)])
+    def test_one_loss(self, loss, dtype, poisoned):
+        check_scan(draw(MEDIUM, dtype, device="cuda"), SSD[dtype], on_torch, loss=loss)
+
+    @pytest.mark.parametrize("dtype", [BF16, FP32])
+    @pytest.mark.parametrize("chosen", [None, [7, 2, 0]])
+    def test_spans(self, chosen, dtype, poisoned):
+        inputs = draw(MEDIUM, dtype, device="cuda", owners=len(chosen or OFFSETS[1:]))
+        check_spans(inputs, SSD[dtype], chosen)
+
+    @pytest.mark.parametrize("dtype", [BF16, FP32])
+    def test_state_gradient(self, dtype, poisoned):
+        inputs = without(draw(MEDIUM, dtype, device="cuda", owners=3), "z", "D")
+        offsets = torch.tensor([0, 0, 31, MEDIUM[1]])
+        expected = outcome(on_torch, wide(inputs), loss=("y",), cu_seqlens=offsets)["dinitial_states"]
+        assert_close(state_gradient(inputs, offsets), expected, SSD[dtype]["dinitial_states"])
+
     @pytest.mark.parametrize(
         ("dtype", "shape"),
         [*((BF16, shape) for shape in SHAPES), (FP16, SHAPES[1]), *((FP32, SHAPES[n]) for n in (0, 1, 4, 8, 9, 11))],
