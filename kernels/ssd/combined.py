@@ -163,7 +163,8 @@ def _takes(backend: Backend, x: Tensor, B: Tensor) -> bool:
     if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
         return False
     try:
-        from .gpu import config, launcher
+        from ..common import launcher
+        from .gpu import config
     except ImportError:
         if backend == "triton":
             raise ValueError("backend 'triton' needs the package triton; install it or use 'torch'") from None

@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...common.launcher import device_limits
 from .chunk_backward import dx_kernel, outside_kernel, pairs_kernel, skip_kernel
 from .config import Config, Launch
 from .forward import (
@@ -19,7 +20,6 @@ from .forward import (
     what_enters,
 )
 from .gate import gate_backward_kernel
-from .launcher import device_limits
 from .problem import Problem, aligned, aligned_size, aligned_view, empty_aligned, pad_states, strides, unpad_states
 from .steps import discretize_backward_kernel, sum_chunks_kernel
 

@@ -7,8 +7,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ...common.launcher import INTERPRETED
 from .config import Launch
-from .launcher import INTERPRETED
 from .problem import Problem, aligned, empty_aligned, new_states, pad_states, strides, unpad_states
 from .scan import scan_kernel
 from .steps import discretize_kernel

@@ -4,82 +4,14 @@ mamba2_dist::ssd_scan and mamba2_dist::ssd_state, with their gradients ssd_scan_
 are deterministic: no sum is taken in an order that may change.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
 
+from ...common.operators import call, fake, gradients_of, operator, without_gradients
 from .backward import backward
 from .forward import entering_gradient, forward, leaving
 from .problem import make_problem
-
-_library = torch.library.Library("mamba2_dist", "DEF")
-
-
-_functions: dict[Any, Callable] = {}
-_differentiable: dict[Any, type[torch.autograd.Function]] = {}
-
-
-def _operator(function: Callable) -> Any:
-    """Defines mamba2_dist::<name of the function>. Unlike `torch.library.custom_op`, a call costs the host little: what
-    that checks at every call, the tests check once."""
-    name = function.__name__
-    _library.define(name + torch.library.infer_schema(function, mutates_args=()))
-    _library.impl(name, function, "CompositeExplicitAutograd")
-    operator = getattr(torch.ops.mamba2_dist, name).default
-    _functions[operator] = function
-    return operator
-
-
-def _gradients_of(operator: Any) -> Callable:
-    """Decorates the autograd function of an operator."""
-
-    def register(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-        _library.impl(operator, function.apply, "Autograd")
-        _differentiable[operator] = function
-        return function
-
-    return register
-
-
-def call(operator: Any, *inputs: Any) -> Any:
-    """The operator's results, past PyTorch's dispatcher where nothing there listens: that takes the host as long as
-    launching the kernels."""
-    if _is_heard(inputs):
-        return operator(*inputs)
-    if torch.is_grad_enabled() and operator in _differentiable:
-        return _differentiable[operator].apply(*inputs)
-    return _below_autograd(_functions[operator], inputs)
-
-
-def _below_autograd(function: Callable, inputs: tuple) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return function(*inputs)
-
-
-def _without_gradients(operator: Any, inputs: tuple) -> Any:
-    """What an operator's autograd function calls."""
-    return _below_autograd(operator if _is_heard(inputs) else _functions[operator], inputs)
-
-
-def _is_heard(inputs: tuple) -> bool:
-    """Whether a compiler, a mode, a transform, a profiler or a kind of tensor may want to know of the call."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd._profiler_enabled()
-        or any(isinstance(value, Tensor) and type(value) not in (Tensor, Parameter) for value in inputs)
-    )
-
-
-def _fake(operator: Any) -> Callable:
-    """Decorates what gives the shapes of an operator's results."""
-    return torch.library.register_fake(operator.name().removesuffix(".default"), lib=_library)
-
 
 def _contiguous(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
@@ -89,7 +21,7 @@ def _states(x: Tensor, B: Tensor, count: int) -> Tensor:
     return x.new_empty(count, *x.shape[2:], B.shape[3], dtype=torch.float32)
 
 
-@_operator
+@operator
 def ssd_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     initial_states: Tensor | None, offsets: Tensor | None, enters: Tensor | None, leaves: Tensor | None,
@@ -109,7 +41,7 @@ def ssd_scan(
     return y.contiguous(), final, x.new_empty(0) if ungated is None else ungated.contiguous(), entering
 
 
-@_fake(ssd_scan)
+@fake(ssd_scan)
 def _(
     x, dt, A, B, C, D, z, dt_bias, initial_states, offsets, enters, leaves, final_count, dt_softplus, dt_min, dt_max,
     keep, keep_entering,
@@ -118,7 +50,7 @@ def _(
     return _contiguous(x), _states(x, B, final_count), ungated, A.new_empty(0)
 
 
-@_operator
+@operator
 def ssd_scan_backward(
     dy: Tensor | None, d_final: Tensor | None, ungated: Tensor, entering: Tensor,
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
@@ -144,7 +76,7 @@ def ssd_scan_backward(
     )
 
 
-@_fake(ssd_scan_backward)
+@fake(ssd_scan_backward)
 def _(
     dy, d_final, ungated, entering, x, dt, A, B, C, D, z, dt_bias, initial_states, offsets, enters, leaves,
     dt_softplus, dt_min, dt_max,
@@ -155,12 +87,12 @@ def _(
     return *gradients, optional(D), optional(z), optional(dt_bias), d_initial
 
 
-@_gradients_of(ssd_scan)
+@gradients_of(ssd_scan)
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         *tensors, _, dt_softplus, dt_min, dt_max, _, _ = inputs
-        y, final, ungated, entering = _without_gradients(ssd_scan, inputs)
+        y, final, ungated, entering = without_gradients(ssd_scan, inputs)
         ctx.mark_non_differentiable(ungated, entering)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(ungated, entering, *tensors)
@@ -182,7 +114,7 @@ class _Scan(torch.autograd.Function):
         return *gradients, *[None] * 9
 
 
-@_operator
+@operator
 def ssd_state(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None, offsets: Tensor | None, leaves: Tensor | None,
     final_count: int, dt_softplus: bool, dt_min: float, dt_max: float,
@@ -194,12 +126,12 @@ def ssd_state(
     return leaving(problem, final_count)
 
 
-@_fake(ssd_state)
+@fake(ssd_state)
 def _(x, dt, A, B, dt_bias, offsets, leaves, final_count, dt_softplus, dt_min, dt_max):
     return _states(x, B, final_count), x.new_empty(final_count, x.shape[2], dtype=torch.float32)
 
 
-@_operator
+@operator
 def ssd_state_backward(
     d_final: Tensor, d_decay: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None,
     offsets: Tensor | None, leaves: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float,
@@ -212,20 +144,20 @@ def ssd_state_backward(
     return made.dx.contiguous(), made.ddt, made.dA.to(A.dtype), made.dB.to(B.dtype).contiguous(), ddt_bias
 
 
-@_fake(ssd_state_backward)
+@fake(ssd_state_backward)
 def _(d_final, d_decay, x, dt, A, B, dt_bias, offsets, leaves, dt_softplus, dt_min, dt_max):
     gradients = (_contiguous(tensor) for tensor in (x, dt, A, B))
     return *gradients, x.new_empty(0) if dt_bias is None else _contiguous(dt_bias)
 
 
-@_gradients_of(ssd_state)
+@gradients_of(ssd_state)
 class _State(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         *tensors, _, dt_softplus, dt_min, dt_max = inputs
         ctx.save_for_backward(*tensors)
         ctx.options = (dt_softplus, dt_min, dt_max)
-        return _without_gradients(ssd_state, inputs)
+        return without_gradients(ssd_state, inputs)
 
     @staticmethod
     @once_differentiable
@@ -235,7 +167,7 @@ class _State(torch.autograd.Function):
         return *gradients, None if tensors[4] is None else ddt_bias, *[None] * 6
 
 
-@_operator
+@operator
 def ssd_state_gradient(
     dy: Tensor, C: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor | None, offsets: Tensor | None, enters: Tensor | None,
     initial_count: int, dt_softplus: bool, dt_min: float, dt_max: float,
@@ -247,16 +179,16 @@ def ssd_state_gradient(
     return entering_gradient(problem, initial_count)
 
 
-@_fake(ssd_state_gradient)
+@fake(ssd_state_gradient)
 def _(dy, C, dt, A, dt_bias, offsets, enters, initial_count, dt_softplus, dt_min, dt_max):
     return _states(dy, C, initial_count)
 
 
-@_gradients_of(ssd_state_gradient)
+@gradients_of(ssd_state_gradient)
 class _StateGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        return _without_gradients(ssd_state_gradient, inputs)
+        return without_gradients(ssd_state_gradient, inputs)
 
     @staticmethod
     def backward(ctx, *_):

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...common.launcher import Launcher, device_limits
 from ...common.transfer import Kept, Made
 from .config import Config, choose
-from .launcher import Launcher, device_limits
 from .table import Table, content, lay_out
 
 

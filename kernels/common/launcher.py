@@ -9,10 +9,16 @@ import torch
 import triton
 from torch import Tensor
 
-from .scan import scan_kernel
+from .transfer import Kept
+
+
+@triton.jit
+def _nothing():
+    pass
+
 
 # under the interpreter there is no device to ask: what it runs as
-INTERPRETED = not isinstance(scan_kernel, triton.runtime.JITFunction)
+INTERPRETED = not isinstance(_nothing, triton.runtime.JITFunction)
 INTERPRETED_AS = (90, 1)
 
 
@@ -79,6 +85,17 @@ class Launcher:
             run(*values)
 
         return run_at
+
+
+_launchers = Kept(capacity=1024)
+
+
+def launch(kernel: Any, variant: tuple, describe: Callable[[], dict[str, Any]], **tensors: Tensor) -> None:
+    """Launches a kernel on `tensors`. describe: its grid and everything else it takes, called once for all calls with
+    one `variant`, which names what may differ between calls, and tensors on one device."""
+    device = next(iter(tensors.values())).device
+    make = lambda: Launcher(kernel, device=device, **describe())  # noqa: E731
+    _launchers.get((id(kernel), device, variant), make)(**tensors)
 
 
 # kernels by what they were compiled for: the compiler's own look-up takes the host longer than a launch

@@ -1,0 +1,1 @@
+"""The RMS norms on one GPU."""
