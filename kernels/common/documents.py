@@ -103,6 +103,14 @@ class Documents:
         """How many states may enter: one a row, or one a document where documents are the rows."""
         return len(self) if self.row_edges is None else len(self.row_edges[0])
 
+    @cached_property
+    def edges_on_host(self) -> tuple[Tensor | None, Tensor | None]:
+        """The documents that rows of initial and of final states belong to; None: row d to document d."""
+        if self.row_edges is None:
+            return None, None
+        first, last = (torch.tensor(edges, dtype=torch.int64, device="cpu") for edges in self.row_edges)
+        return first, last
+
     def enter(self, states: Tensor) -> Tensor:
         """States of rows -> states of documents: a row's state enters its first document, zeros the others."""
         if self.row_edges is None:

@@ -1,16 +1,29 @@
-"""The gated group RMS norm after the SSD operator, and its two halves for groups that span several devices."""
+"""RMS norms of groups of channels: gated, as after the SSD operator, and of a sum, as before a layer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ..common.backend import Backend, takes_triton
 from ..common.checks import check_divisible, check_shape
 
 
-def square_sums(x: Tensor, z: Tensor | None = None, *, group_size: int | None = None, norm_before_gate: bool = False):
-    """Sums of squares of what `gated_rmsnorm` normalises, (..., channels / group_size), float32 or wider."""
-    value = _gated(x, None if norm_before_gate else z)
-    return value.square().unflatten(-1, (-1, group_size or x.shape[-1])).sum(-1)
+@dataclass(frozen=True)
+class PartOfGroups:
+    """What a norm must know of groups of channels that are not all here.
+
+    squares: (..., groups) float32 or wider, the sums of squares over whole groups of what is normalised; see
+    `square_sums`. size: channels of a whole group. complete: takes sums over the channels here to sums over whole
+    groups, and is called in the backward pass.
+    """
+
+    squares: Tensor
+    size: int
+    complete: Callable[[Tensor], Tensor]
 
 
 def gated_rmsnorm(
@@ -21,34 +34,144 @@ def gated_rmsnorm(
     eps: float,
     group_size: int | None = None,
     norm_before_gate: bool = False,
-    square_sum: Tensor | None = None,
-    square_count: int | None = None,
+    part: PartOfGroups | None = None,
+    dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """weight rmsnorm(x silu(z)), or weight rmsnorm(x) silu(z) with `norm_before_gate`.
 
-    x, z: (..., channels); weight: (channels,); `group_size` consecutive channels share one norm (None: all of them).
-    square_sum: (..., channels / group_size), the sums of squares where a group has channels elsewhere, and
-    square_count, how many channels a whole group has. None: taken from x.
-    Computed in float32 or wider and returned like x. Raises ValueError for shapes that do not fit.
+    x, z: (..., channels); weight: (channels,); `group_size` consecutive channels share one norm (None: all of them),
+    with `part` as many of each group as are here.
+    dtype: of the result; None: that of x. Computed in float32 or wider.
+    Raises ValueError for shapes that do not fit.
     """
-    channels = x.shape[-1]
-    group_size = channels if group_size is None else group_size
-    check_divisible("channels", channels, "group_size", group_size)
-    check_shape("weight", weight, (channels,), "(channels,)")
-    if z is not None:
-        check_shape("z", z, x.shape, "(..., channels)")
-    if square_sum is not None:
-        check_shape("square_sum", square_sum, (*x.shape[:-1], channels // group_size), "(..., channels / group_size)")
+    group_size = _check(x, weight, z, group_size)
+    dtype = dtype or x.dtype
+    if part is not None:
+        axes = "(..., channels / group_size)"
+        check_shape("part.squares", part.squares, (*x.shape[:-1], x.shape[-1] // group_size), axes)
+        return _PartNorm.apply(x, weight, z, part, eps, group_size, norm_before_gate, dtype, backend)
+    if takes_triton(backend, x):
+        from .gpu import ops
+
+        return ops.call(ops.gated_rmsnorm, x, weight, z, eps, group_size, norm_before_gate, dtype)[0]
     value = _gated(x, None if norm_before_gate else z).unflatten(-1, (-1, group_size))
-    if square_sum is None:
-        square_sum = value.square().sum(-1)
-    scale = torch.rsqrt(square_sum / (square_count or group_size) + eps)
-    y = (value * scale[..., None]).flatten(-2) * weight
-    if norm_before_gate and z is not None:
-        y = y * F.silu(z.to(y.dtype))
-    return y.to(x.dtype)
+    return _scaled(value, value.square().sum(-1), group_size, weight, z if norm_before_gate else None, eps).to(dtype)
+
+
+def add_rmsnorm(
+    x: Tensor,
+    added: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """weight rmsnorm(x + added), and the sum in the dtype of x.
+
+    x, added: (..., channels), of any two dtypes; weight: (channels,). dtype: of the norm; None: that of x.
+    Raises ValueError for shapes that do not fit.
+    """
+    _check(x, weight, None, None)
+    check_shape("added", added, x.shape, "(..., channels)")
+    dtype = dtype or x.dtype
+    if takes_triton(backend, x):
+        from .gpu import ops
+
+        y, total, _ = ops.call(ops.add_rmsnorm, x, added, weight, eps, dtype)
+        return y, total
+    total = (x + added).to(x.dtype)
+    return gated_rmsnorm(total, weight, eps=eps, dtype=dtype, backend=backend), total
+
+
+def square_sums(
+    x: Tensor,
+    z: Tensor | None = None,
+    *,
+    group_size: int | None = None,
+    norm_before_gate: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Sums of squares of what `gated_rmsnorm` normalises, (..., channels / group_size), float32 or wider.
+
+    For `PartOfGroups`, whose norm has their gradient: they have none here.
+    """
+    group_size = _check(x, None, z, group_size)
+    if takes_triton(backend, x):
+        from .gpu import ops
+
+        return ops.square_sums(ops.make_problem(x, z, x, group_size, norm_before_gate)).view(*x.shape[:-1], -1)
+    value = _gated(x.detach(), None if norm_before_gate or z is None else z.detach())
+    return _squares(value, group_size)
+
+
+class _PartNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, z, part, eps, group_size, norm_before_gate, dtype, backend):
+        ctx.part, ctx.eps, ctx.group_size, ctx.norm_before_gate = part, eps, group_size, norm_before_gate
+        ctx.triton = takes_triton(backend, x)
+        if ctx.triton:
+            from .gpu import ops
+
+            problem = ops.make_problem(x, z, weight, group_size, norm_before_gate, part.size)
+            y, scale, _ = ops.normalize(problem, eps, dtype, part.squares)
+            ctx.save_for_backward(x, weight, z, scale)
+            return y.view(x.shape)
+        ctx.save_for_backward(x, weight, z, None)
+        return _of_part(x, weight, z, part.squares, part.size, eps, group_size, norm_before_gate).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, z, scale = ctx.saved_tensors
+        part, options = ctx.part, (ctx.group_size, ctx.norm_before_gate)
+        if ctx.triton:
+            from .gpu import ops
+
+            problem = ops.make_problem(x, z, weight, *options, part.size)
+            products = part.complete(ops.product_sums(problem, dy, scale))
+            dx, dweight, dz, _ = ops.normalize_backward(problem, dy, scale, products)
+            return dx.view(x.shape), dweight, None if dz is None else dz.view(x.shape), *[None] * 6
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in (x, weight) + (() if z is None else (z,))]
+            x, weight, z = (*leaves, None)[:3]
+            squares = part.squares.detach().requires_grad_()
+            y = _of_part(x, weight, z, squares, part.size, ctx.eps, *options)
+            *gradients, d_squares = torch.autograd.grad(y, [*leaves, squares], dy.to(y.dtype))
+            here = _squares(_gated(x, None if ctx.norm_before_gate else z), ctx.group_size)
+            through = torch.autograd.grad(
+                here, leaves, part.complete(d_squares), allow_unused=True, materialize_grads=True
+            )
+        gradients = [direct + more for direct, more in zip(gradients, through, strict=True)]
+        return *gradients, *[None] * (9 - len(gradients))
+
+
+def _of_part(x, weight, z, squares, size, eps, group_size, norm_before_gate) -> Tensor:
+    value = _gated(x, None if norm_before_gate else z).unflatten(-1, (-1, group_size))
+    return _scaled(value, squares, size, weight, z if norm_before_gate else None, eps)
+
+
+def _squares(value: Tensor, group_size: int) -> Tensor:
+    return value.square().unflatten(-1, (-1, group_size)).sum(-1)
+
+
+def _scaled(value: Tensor, squares: Tensor, size: int, weight: Tensor, gate: Tensor | None, eps: float) -> Tensor:
+    y = (value * torch.rsqrt(squares / size + eps)[..., None]).flatten(-2) * weight
+    return y if gate is None else y * F.silu(gate.to(y.dtype))
 
 
 def _gated(x: Tensor, z: Tensor | None) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x if z is None else x * F.silu(z.to(x.dtype))
+
+
+def _check(x: Tensor, weight: Tensor | None, z: Tensor | None, group_size: int | None) -> int:
+    channels = x.shape[-1]
+    group_size = channels if group_size is None else group_size
+    check_divisible("channels", channels, "group_size", group_size)
+    if weight is not None:
+        check_shape("weight", weight, (channels,), "(channels,)")
+    if z is not None:
+        check_shape("z", z, x.shape, "(..., channels)")
+    return group_size

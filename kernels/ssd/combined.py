@@ -2,20 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.checks import check_choice, check_device, check_divisible, check_ndim, check_positive, check_shape
+from ..common.backend import Backend, takes_triton
+from ..common.checks import check_device, check_divisible, check_ndim, check_positive, check_shape
 from ..common.documents import Documents
 from ..common.transfer import to_device
 from .chunked import ChunkedSpan
 from .reference import discretize, skip
 
-Backend = Literal["auto", "triton", "torch"]
 Numbers = Sequence[int] | np.ndarray
 
 
@@ -43,11 +42,11 @@ class SSDSpan:
         *,
         backend: Backend = "auto",
     ):
-        _check(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, cu_seqlens, dt_limit, backend)
+        _check(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, cu_seqlens, dt_limit)
         batch, seqlen = x.shape[:2]
         self.x, self.D, self.z = x, D, z
         self.state_shape = (*x.shape[2:], B.shape[-1])
-        self.triton = _takes(backend, x, B)
+        self.triton = takes_triton(backend, x, lambda: _check_sizes(x, B))
         self.edges: tuple[list[int], list[int]] | None = None
         self.offsets: Tensor | None
         if cu_seqlens is None and seq_idx is None and self.triton:
@@ -158,28 +157,6 @@ def _check_numbers(name: str, numbers: Numbers | None, ndocuments: int) -> None:
         raise ValueError(f"{name} must name documents from 0 to {ndocuments - 1}, got {min(numbers)} to {max(numbers)}")
 
 
-def _takes(backend: Backend, x: Tensor, B: Tensor) -> bool:
-    """Whether the Triton kernels take this call; raises ValueError where they were asked for and cannot."""
-    if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
-        return False
-    try:
-        from ..common import launcher
-        from .gpu import config
-    except ImportError:
-        if backend == "triton":
-            raise ValueError("backend 'triton' needs the package triton; install it or use 'torch'") from None
-        return False
-    try:
-        if x.device.type != "cuda" and not launcher.INTERPRETED:
-            raise ValueError(f"backend 'triton' needs tensors on a GPU, got them on {x.device.type!r}; use 'torch'")
-        config.check(x.shape[3], B.shape[3], x.dtype, launcher.device_limits(x.device)[0])
-    except ValueError:
-        if backend == "triton":
-            raise
-        return False
-    return True
-
-
 def mamba_chunk_scan_combined(
     x: Tensor,
     dt: Tensor,
@@ -226,8 +203,13 @@ def mamba_chunk_scan_combined(
     return (y, final) if return_final_states else y  # type: ignore[return-value]
 
 
-def _check(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, cu_seqlens, dt_limit, backend) -> None:
-    check_choice("backend", backend, ("auto", "triton", "torch"))
+def _check_sizes(x: Tensor, B: Tensor) -> None:
+    from .gpu import config
+
+    config.check(x.shape[3], B.shape[3])
+
+
+def _check(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, cu_seqlens, dt_limit) -> None:
     check_positive("chunk_size", chunk_size)
     check_ndim("x", x, "(batch, seqlen, nheads, headdim)")
     check_ndim("B", B, "(batch, seqlen, ngroups, d_state)")

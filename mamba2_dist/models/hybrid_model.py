@@ -11,6 +11,7 @@ from mamba2_dist.modules.base import initialize
 from mamba2_dist.modules.block import Block, hybrid_layers
 from mamba2_dist.modules.embedding import VocabParallelEmbedding, VocabParallelHead, vocab_parallel_logits
 from mamba2_dist.modules.norm import RMSNorm
+from mamba2_dist.modules.recompute import Recompute
 from mamba2_dist.parallel.cross_entropy import IGNORED, vocab_parallel_cross_entropy
 from mamba2_dist.parallel.groups import Group, ParallelGroups
 from mamba2_dist.parallel.segments import SegmentTable
@@ -26,11 +27,15 @@ def check_split(config: HybridConfig, tp: int) -> None:
 class Backbone(nn.Module):
     """Embedding, blocks and the last norm."""
 
-    def __init__(self, config: HybridConfig, groups: ParallelGroups, parallel: ParallelConfig, **factory):
+    def __init__(
+        self, config: HybridConfig, groups: ParallelGroups, parallel: ParallelConfig, recompute: Recompute, **factory
+    ):
         super().__init__()
         split = {"sequence_parallel": parallel.sequence_parallel, **factory}
         self.embedding = VocabParallelEmbedding(config.vocab_size, config.d_model, groups.tp, **split)
-        self.layers = hybrid_layers(config, groups, state_scan=parallel.state_scan, **split)
+        self.layers = hybrid_layers(
+            config, groups, state_scan=parallel.state_scan, recompute=recompute, **split
+        )
         self.norm_f = RMSNorm(config.d_model, config.norm_eps, groups.tp, **split)
 
     def blocks(self) -> Iterator[Block]:
@@ -39,16 +44,17 @@ class Backbone(nn.Module):
 
     def forward(self, tokens: Tensor, segments: SegmentTable) -> Tensor:
         """(batch, seqlen/cp) -> (batch, seqlen/cp, d_model)."""
-        x = self.embedding(tokens)
+        x, update = self.embedding(tokens), None
         for layer in self.blocks():
-            x = layer(x, segments)
-        return self.norm_f(x)
+            x, update = layer(x, update, segments)
+        return self.norm_f(x, update)[0]
 
 
 class HybridModel(nn.Module):
     """A language model of Mamba-2, attention and MLP layers, split over `groups`.
 
-    parallel: how it is split; its sizes must be those of `groups`. seed: parameters are drawn from it, the same model
+    parallel: how it is split; its sizes must be those of `groups`. recompute: what Mamba-2 layers make again in the
+    backward pass; see `Mamba2Mixer`. seed: parameters are drawn from it, the same model
     whatever the split. Raises ValueError when the model does not fit the split.
     """
 
@@ -58,6 +64,7 @@ class HybridModel(nn.Module):
         groups: ParallelGroups | None = None,
         parallel: ParallelConfig | None = None,
         *,
+        recompute: Recompute = "none",
         seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -72,7 +79,7 @@ class HybridModel(nn.Module):
             raise ValueError(f"pp must be 1, got {groups.pp.size}; pipelines need a pipeline engine")
         self.config, self.groups, self.parallel = config, groups, parallel
         factory = {"device": device, "dtype": dtype}
-        self.backbone = Backbone(config, groups, parallel, **factory)
+        self.backbone = Backbone(config, groups, parallel, recompute, **factory)
         self.lm_head = None
         if not config.tie_embeddings:
             self.lm_head = VocabParallelHead(
@@ -106,7 +113,7 @@ class HybridModel(nn.Module):
         x = self.backbone.embedding(tokens)
         for layer, memory in zip(self.backbone.blocks(), cache, strict=True):
             x = layer.step(x, memory)
-        return self._logits(self.backbone.norm_f(x))
+        return self._logits(self.backbone.norm_f(x)[0])
 
     def _logits(self, x: Tensor) -> Tensor:
         if self.lm_head is not None:

@@ -14,10 +14,11 @@ from .attention import Attention
 from .mixer import Mamba2Mixer
 from .mlp import MLP
 from .norm import RMSNorm
+from .recompute import Recompute
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x))."""
+    """x + mixer(norm(x)), its sum left to the next norm, which reads x in any case."""
 
     mixer: Mamba2Mixer | Attention | MLP
 
@@ -25,13 +26,14 @@ class Block(nn.Module):
         super().__init__()
         self.norm, self.mixer = norm, mixer
 
-    def forward(self, x: Tensor, segments: SegmentTable) -> Tensor:
-        """(batch, seqlen/cp, d_model) -> the same."""
-        return x + self.mixer(self.norm(x), segments)
+    def forward(self, x: Tensor, update: Tensor | None, segments: SegmentTable) -> tuple[Tensor, Tensor]:
+        """x and what is to be added to it, (batch, seqlen/cp, d_model) each -> their sum and its own update."""
+        normed, x = self.norm(x, update)
+        return x, self.mixer(normed, segments)
 
     def step(self, x: Tensor, cache: Any) -> Tensor:
         """One token, (batch, 1, d_model) -> the same; `cache` is the mixer's."""
-        return x + self.mixer.step(self.norm(x), cache)
+        return x + self.mixer.step(self.norm(x)[0], cache)
 
 
 def hybrid_layers(
@@ -40,13 +42,15 @@ def hybrid_layers(
     *,
     sequence_parallel: bool = False,
     state_scan: StateScan = "all_gather",
+    recompute: Recompute = "none",
     **factory,
 ) -> nn.ModuleList:
     """The blocks of `config.pattern`, parameters allocated but not drawn."""
     shared = {"sequence_parallel": sequence_parallel, "residual_layers": len(config.pattern), **factory}
     makers: dict[str, Callable[[], Mamba2Mixer | Attention | MLP]] = {
         "M": lambda: Mamba2Mixer(
-            config.mamba, config.d_model, groups, state_scan=state_scan, norm_eps=config.norm_eps, seed=None, **shared
+            config.mamba, config.d_model, groups,
+            state_scan=state_scan, recompute=recompute, norm_eps=config.norm_eps, seed=None, **shared,
         ),
         "*": lambda: Attention(config.attention, config.d_model, groups, **shared),
         "-": lambda: MLP(config.mlp, config.d_model, groups, **shared),

@@ -1,6 +1,7 @@
 """The depthwise causal convolution with its parameters."""
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -36,10 +37,12 @@ class CausalConv1d(PartitionedModule):
         weight, bias = (replicate_rows(p, rows, self.shared_by) for p in (self.weight, self.bias))
         return weight.squeeze(1), bias
 
-    def forward(self, x: Tensor, table: SegmentTable) -> Tensor:
-        """(batch, seqlen/cp, channels) -> the same."""
+    def forward(self, x: Tensor, table: SegmentTable) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
+        """(batch, seqlen/cp, at least channels) -> the parts of its first channels and the other channels as they are;
+        and what gives all of that again without communicating."""
         weight, bias = self._parameters_to_use()
-        return conv1d_over_segments(x, weight, bias, table, self.cp, activation="silu")
+        sizes = [part.length for part in self.records["weight"].partition.parts]
+        return conv1d_over_segments(x, weight, bias, sizes, table, self.cp, activation="silu")
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token, (batch, 1, channels), after the inputs in `state`, (batch, width - 1, channels)."""

@@ -1,11 +1,13 @@
 """The Mamba-2 mixer: in_proj, conv1d, SSD, gated norm, out_proj (arXiv 2405.21060, section 7)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mamba2_dist.config import Mamba2Config
+from mamba2_dist.kernels.common.checks import check_choice
 from mamba2_dist.kernels.ssd import discretize, mamba_chunk_scan_combined, ssd_matrix
 from mamba2_dist.parallel.groups import ParallelGroups
 from mamba2_dist.parallel.partition import mamba2_partition
@@ -18,6 +20,7 @@ from .base import PartitionedModule, initialize
 from .conv import CausalConv1d
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .norm import GatedRMSNorm
+from .recompute import Forgetful, Recompute
 
 
 @dataclass
@@ -35,6 +38,8 @@ class Mamba2Mixer(PartitionedModule):
     Communicates one all-reduce over tp (with sequence_parallel one all-gather and one reduce-scatter), one of squared
     sums where a norm group spans ranks, and over cp one halo and one state exchange.
 
+    recompute: what the backward pass makes again rather than keeping it: nothing, the convolution's results ("conv"), or
+        all between in_proj and out_proj ("inner"). The numbers are the same, and nothing is communicated twice.
     residual_layers: layers that add to the residual stream, for the scale of out_proj.
     seed: parameters are drawn from it, the same for any split; None: left for `initialize`.
     Raises ValueError when heads or groups do not fit tp.
@@ -52,6 +57,7 @@ class Mamba2Mixer(PartitionedModule):
         *,
         sequence_parallel: bool = False,
         state_scan: StateScan = "all_gather",
+        recompute: Recompute = "none",
         norm_eps: float = 1e-5,
         residual_layers: int = 1,
         seed: int | None = 0,
@@ -60,7 +66,8 @@ class Mamba2Mixer(PartitionedModule):
         super().__init__()
         groups = groups or ParallelGroups()
         d_inner, nheads = config.d_inner(d_model), config.nheads(d_model)
-        self.config, self.cp, self.state_scan = config, groups.cp, state_scan
+        check_choice("recompute", recompute, ("none", "conv", "inner"))
+        self.config, self.cp, self.state_scan, self.recompute = config, groups.cp, state_scan, recompute
         self.share = share = mamba2_partition(
             d_inner=d_inner, nheads=nheads, ngroups=config.ngroups, d_state=config.d_state,
             tp=groups.tp.size, rank=groups.tp.rank,
@@ -92,17 +99,28 @@ class Mamba2Mixer(PartitionedModule):
 
         segments: how the sequence is cut over cp; None: rows of one document each, cp must be 1.
         """
-        z, xBC, dt = self._project(u)
         if segments is None:
             if self.cp.size > 1:
                 raise ValueError(f"segments must be given when cp ({self.cp.size}) is above 1")
-            segments = SegmentTable.contiguous(xBC.shape[1], 1, batch=xBC.shape[0])
-        x, B, C = self._split(self.conv1d(xBC, segments))
-        y = ssd_over_segments(
-            x, dt, self._A(), B, C, self.config.chunk_size, segments, self.cp,
-            scan=self.state_scan, **self._scan_options(),
-        )  # fmt: skip
-        return self.out_proj(self.norm(y.flatten(-2), z))
+            segments = SegmentTable.contiguous(u.shape[1], 1, batch=u.shape[0])
+        z, xBCdt = self._project(u)
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            parts, _ = self.conv1d(xBCdt, segments)
+            y, _ = self._scan(*parts, segments)
+            return self.out_proj(self.norm(y.flatten(-2), z)[0])
+        with Forgetful() as saved:
+            parts, convolve = self.conv1d(xBCdt, segments)
+            saved.forget(parts[:3], convolve)
+            y, scan = self._scan(*parts, segments)
+            y, forget_outputs = y.flatten(-2), self.recompute == "inner"
+            if forget_outputs:
+                inputs = [saved.again(part) for part in parts[:3]]
+                saved.forget([y], lambda: [scan(*(again() for again in inputs)).flatten(-2)])
+            normed, norm = self.norm(y, z)
+            if forget_outputs:
+                scanned = saved.again(y)
+                saved.forget([normed], lambda: [norm(scanned())])
+            return self.out_proj(normed)
 
     def new_cache(self, batch: int) -> Mamba2Cache:
         """The memory before the first token."""
@@ -116,33 +134,46 @@ class Mamba2Mixer(PartitionedModule):
 
     def step(self, u: Tensor, cache: Mamba2Cache) -> Tensor:
         """One token, (batch, 1, d_model) -> the same, after those in `cache`, which is brought up to date."""
-        z, xBC, dt = self._project(u)
+        z, xBCdt = self._project(u)
+        xBC, dt = xBCdt.split([self.share.conv1d.length, self.share.nheads_local], dim=-1)
         xBC, cache.conv = self.conv1d.step(xBC, cache.conv)
-        x, B, C = self._split(xBC)
+        x, B, C = self._heads(*xBC.split([part.length for part in self.share.conv1d.parts], dim=-1))
         y, cache.ssm = mamba_chunk_scan_combined(
             x, dt, self._A(), B, C, 1, initial_states=cache.ssm, return_final_states=True, **self._scan_options()
         )
-        return self.out_proj(self.norm(y.flatten(-2), z))
+        return self.out_proj(self.norm(y.flatten(-2), z)[0])
 
     def matrix(self, u: Tensor) -> Tensor:
         """The dense token-mixing matrix of every head, (batch, nheads/tp, t, s), for short whole sequences."""
         if self.cp.size > 1:
             raise ValueError(f"matrix needs whole sequences, cp must be 1, got {self.cp.size}")
-        _, xBC, dt = self._project(u)
-        _, B, C = self._split(self.conv1d(xBC, SegmentTable.contiguous(xBC.shape[1], 1, batch=xBC.shape[0])))
+        (x, B, C, dt), _ = self.conv1d(self._project(u)[1], SegmentTable.contiguous(u.shape[1], 1, batch=u.shape[0]))
+        _, B, C = self._heads(x, B, C)
         return ssd_matrix(discretize(dt, self.dt_bias, True, self.config.dt_limit), self._A(), B, C)
 
-    def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """z, and x, B, C and dt side by side."""
         share = self.share
-        return self.in_proj(u).split([share.d_inner_local, share.conv1d.length, share.nheads_local], dim=-1)
+        z, xBCdt = self.in_proj.split(u, [share.d_inner_local, share.conv1d.length + share.nheads_local])
+        return z, xBCdt
 
-    def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, B, C = xBC.split([part.length for part in self.share.conv1d.parts], dim=-1)
+    def _heads(self, x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (
             x.unflatten(-1, (self.share.nheads_local, -1)),
             B.unflatten(-1, (self.share.ngroups_local, -1)),
             C.unflatten(-1, (self.share.ngroups_local, -1)),
         )
+
+    def _scan(
+        self, x: Tensor, B: Tensor, C: Tensor, dt: Tensor, segments: SegmentTable
+    ) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+        """y by heads, and what gives it of the same x, B and C again without communicating."""
+        x, B, C = self._heads(x, B, C)
+        y, scan = ssd_over_segments(
+            x, dt, self._A(), B, C, self.config.chunk_size, segments, self.cp,
+            scan=self.state_scan, **self._scan_options(),
+        )  # fmt: skip
+        return y, lambda x, B, C: scan(*self._heads(x, B, C))
 
     def _A(self) -> Tensor:
         return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))

@@ -1,8 +1,11 @@
 """RMS norms with their weights."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
-from mamba2_dist.kernels.norm import gated_rmsnorm
+from mamba2_dist.kernels.norm import add_rmsnorm, gated_rmsnorm
 from mamba2_dist.parallel.collectives import replicate
 from mamba2_dist.parallel.groups import Group
 from mamba2_dist.parallel.norm import gated_rmsnorm_over_ranks
@@ -22,10 +25,14 @@ class RMSNorm(PartitionedModule):
         self.eps, self.tp, self.sequence_parallel = eps, tp, sequence_parallel
         self.add_parameter("weight", replicated(width, tp.size), init.ones, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., width) -> (..., width)."""
+    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(..., width) -> the norm of x + added, in the dtype of autocast where that is on, and the sum."""
         weight = replicate(self.weight, self.tp) if self.sequence_parallel else self.weight
-        return gated_rmsnorm(x, weight, eps=self.eps)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if added is None:
+            return gated_rmsnorm(x, weight, eps=self.eps, dtype=dtype), x
+        return add_rmsnorm(x, added, weight, eps=self.eps, dtype=dtype)
 
 
 class GatedRMSNorm(PartitionedModule):
@@ -44,8 +51,8 @@ class GatedRMSNorm(PartitionedModule):
         self.group_size, self.norm_before_gate = group_size, norm_before_gate
         self.add_parameter("weight", partition, init.ones, **factory)
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """x, z: (batch, seqlen/cp, d_inner/tp) -> the same."""
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """x, z: (batch, seqlen/cp, d_inner/tp) -> the same; and what gives that of x again without communicating."""
         return gated_rmsnorm_over_ranks(
             x, self.weight, z, self.group,
             eps=self.eps, group_size=self.group_size, norm_before_gate=self.norm_before_gate,

@@ -24,8 +24,9 @@ class HaloPlan:
     needed: bool  # whether any rank of the group fetches anything
 
 
-def conv_halo(x: Tensor, width: int, table: SegmentTable, group: Group) -> Tensor:
-    """(pieces, width - 1, channels): what precedes each piece in its document, zeros where nothing does.
+def conv_halo(x: Tensor, width: int, table: SegmentTable, group: Group) -> Tensor | None:
+    """(pieces, width - 1, channels): what precedes each piece in its document, zeros where nothing does; None where
+    nothing precedes any piece of any rank.
 
     x: (batch, seqlen/cp, channels), the convolution's input. One all-to-all over `group` of exactly the rows needed,
     from as many segments back as it takes; its adjoint adds the gradients to the rows they came from.
@@ -33,12 +34,12 @@ def conv_halo(x: Tensor, width: int, table: SegmentTable, group: Group) -> Tenso
     before = width - 1
     local = table.local(group.rank)
     plan = _plan(table, group.rank, before, x.device)
+    if not plan.needed:
+        return None
+    rows = x.flatten(0, 1).index_select(0, plan.source)
+    rows = all_to_all(rows, group, plan.sent, plan.received)
     halo = x.new_zeros(len(local.documents) * before, x.shape[-1])
-    if plan.needed:
-        rows = x.flatten(0, 1).index_select(0, plan.source)
-        rows = all_to_all(rows, group, plan.sent, plan.received)
-        halo = halo.index_copy(0, plan.target, rows)
-    return halo.unflatten(0, (-1, before))
+    return halo.index_copy(0, plan.target, rows).unflatten(0, (-1, before))
 
 
 def _plan(table: SegmentTable, rank: int, before: int, device: torch.device) -> HaloPlan:

@@ -1,26 +1,30 @@
 """The gated RMS norm where a group of channels spans tensor-parallel ranks."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from mamba2_dist.kernels.norm import gated_rmsnorm, square_sums
+from mamba2_dist.kernels.norm import PartOfGroups, gated_rmsnorm, square_sums
 
-from .collectives import all_reduce
+from .collectives import sum_over
 from .groups import Group
 
 
 def gated_rmsnorm_over_ranks(
     x: Tensor, weight: Tensor, z: Tensor, group: Group, *, eps: float, group_size: int, norm_before_gate: bool = False
-) -> Tensor:
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """`gated_rmsnorm` whose groups have `group_size` channels in all, spread over `group`; sums squares over it.
 
-    x, z: (..., channels/tp); with a group of one rank the channels hold whole groups.
+    x, z: (..., channels/tp); with a group of one rank the channels hold whole groups. Also returns what gives the same
+    result of the same x again without communicating.
     """
-    local_size = group_size // group.size
-    square_sum = None
+    size = group_size // group.size
+    part = None
     if group.size > 1:
-        square_sum = square_sums(x, z, group_size=local_size, norm_before_gate=norm_before_gate)
-        square_sum = all_reduce(square_sum, group)
-    return gated_rmsnorm(
-        x, weight, z, eps=eps, group_size=local_size, norm_before_gate=norm_before_gate,
-        square_sum=square_sum, square_count=group_size,
-    )  # fmt: skip
+        squares = square_sums(x, z, group_size=size, norm_before_gate=norm_before_gate)
+        part = PartOfGroups(sum_over(squares, group), group_size, lambda sums: sum_over(sums, group))
+
+    def norm(x: Tensor) -> Tensor:
+        return gated_rmsnorm(x, weight, z, eps=eps, group_size=size, norm_before_gate=norm_before_gate, part=part)
+
+    return norm(x), norm

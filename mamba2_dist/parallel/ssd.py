@@ -1,14 +1,15 @@
 """The convolution and the SSD operator over a sequence cut across ranks."""
 
 import math
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mamba2_dist.kernels.conv1d import causal_conv1d
+from mamba2_dist.kernels.common.backend import Backend
+from mamba2_dist.kernels.conv1d import causal_conv1d_split
 from mamba2_dist.kernels.ssd import SSDSpan
-from mamba2_dist.kernels.ssd.combined import Backend
 
 from .groups import Group
 from .halo import conv_halo
@@ -17,16 +18,30 @@ from .state_scan import StateScan, state_scan
 
 
 def conv1d_over_segments(
-    x: Tensor, weight: Tensor, bias: Tensor | None, table: SegmentTable, group: Group, *, activation=None
-) -> Tensor:
-    """`causal_conv1d` of a sequence cut over `group`; communicates the rows before each segment.
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sizes: Sequence[int],
+    table: SegmentTable,
+    group: Group,
+    *,
+    activation: Literal["silu"] | None = None,
+) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
+    """`causal_conv1d_split` of a sequence cut over `group`; communicates the rows before each segment.
 
-    x: (batch, seqlen/cp, channels); weight: (channels, width); returns like x.
+    x: (batch, seqlen/cp, at least sum(sizes)), of which the first channels are convolved; weight: (sum(sizes), width).
+    Returns the parts and what follows them, and what gives all of that again without communicating.
     """
-    halo = conv_halo(x, weight.shape[1], table, group)
+    halo = conv_halo(x[..., : sum(sizes)], weight.shape[1], table, group)
     pieces = table.local(group.rank).documents
-    y = causal_conv1d(x.flatten(0, 1)[None], weight, bias, initial_state=halo, cu_seqlens=pieces, activation=activation)
-    return cast(Tensor, y).view(x.shape)
+
+    def convolve() -> list[Tensor]:
+        parts = causal_conv1d_split(
+            x.flatten(0, 1)[None], weight, bias, sizes, initial_state=halo, cu_seqlens=pieces, activation=activation
+        )
+        return [part[0].unflatten(0, x.shape[:2]) for part in parts]
+
+    return convolve(), convolve
 
 
 def ssd_over_segments(
@@ -45,29 +60,44 @@ def ssd_over_segments(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     backend: Backend = "auto",
     scan: StateScan = "all_gather",
-) -> Tensor:
+) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     """`mamba_chunk_scan_combined` of a sequence cut over `group`: local states first, then the states of the ranks
     before, then the outputs.
 
     x: (batch, seqlen/cp, nheads/tp, headdim), dt: (batch, seqlen/cp, nheads/tp),
-    B, C: (batch, seqlen/cp, ngroups/tp, d_state); returns like x.
+    B, C: (batch, seqlen/cp, ngroups/tp, d_state). Returns y like x, and what gives the same y of the same x, B and C
+    again without communicating.
     """
     local = table.local(group.rank)
-    flat = [tensor.flatten(0, 1)[None] for tensor in (x, dt, B, C)]
-    span = SSDSpan(
-        flat[0], flat[1], A, flat[2], flat[3], chunk_size,
-        D=D, dt_bias=dt_bias, cu_seqlens=local.documents, dt_softplus=dt_softplus, dt_limit=dt_limit, backend=backend,
-    )  # fmt: skip
-    if len(table.chain) == 1:
-        y, _ = span.scan(final_states=False)
-        return y.view(x.shape)
+
+    def span_of(x: Tensor, B: Tensor, C: Tensor) -> SSDSpan:
+        flat = [tensor.flatten(0, 1)[None] for tensor in (x, dt, B, C)]
+        return SSDSpan(
+            flat[0], flat[1], A, flat[2], flat[3], chunk_size,
+            D=D, dt_bias=dt_bias, cu_seqlens=local.documents, dt_softplus=dt_softplus, dt_limit=dt_limit,
+            backend=backend,
+        )  # fmt: skip
+
+    span, entering, into = span_of(x, B, C), None, None
+    if len(table.chain) > 1:
+        entering, into = _entering(span, local, table, group, scan), local.first.flatten()
+
+    def outputs(span: SSDSpan) -> Tensor:
+        return span.scan(entering, into=into, final_states=False)[0].view(x_shape)
+
+    x_shape = x.shape
+    return outputs(span), lambda x, B, C: outputs(span_of(x, B, C))
+
+
+def _entering(
+    span: SSDSpan, local: LocalSegments, table: SegmentTable, group: Group, scan: StateScan
+) -> Tensor:
+    """The states that enter the first piece of each segment of each row."""
     state, decay = _segment_elements(span, local)
     entering = state_scan(state, decay[..., None, None], table, group, scan)
     # a segment's entering state goes to its first piece if that continues a document
     continues = local.tensor("continues", entering.device)[..., None, None, None]
-    entering = torch.where(continues, entering, 0.0).flatten(0, 1)
-    y, _ = span.scan(entering, into=local.first.flatten(), final_states=False)
-    return y.view(x.shape)
+    return torch.where(continues, entering, 0.0).flatten(0, 1)
 
 
 def _segment_elements(span: SSDSpan, local: LocalSegments) -> tuple[Tensor, Tensor]:

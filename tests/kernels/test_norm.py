@@ -2,9 +2,32 @@
 
 import pytest
 import torch
-from mamba2_dist.kernels.norm import gated_rmsnorm, gated_rmsnorm_reference, square_sums
+from mamba2_dist.kernels.norm import PartOfGroups, gated_rmsnorm, gated_rmsnorm_reference, square_sums
 
 from ..tolerances import RELATIVE, assert_close
+
+
+def in_halves(x, weight, z, dy, **options):
+    """The norm of groups of all channels, and its gradients, in two halves that only exchange sums."""
+    halves = [
+        [None if tensor is None else half.detach().requires_grad_() for half in pair]
+        for tensor, pair in ((t, (None, None) if t is None else t.chunk(2, -1)) for t in (x, weight, z))
+    ]
+    squares = sum(square_sums(x, z, **options) for x, _, z in zip(*halves, strict=True))
+    sums = []
+
+    def run(half: int, complete):
+        part = PartOfGroups(squares, x.shape[-1], complete)
+        leaves = [pair[half] for pair in halves]
+        y = gated_rmsnorm(*leaves, eps=1e-5, part=part, **options)
+        leaves = [leaf for leaf in leaves if leaf is not None]
+        return y, torch.autograd.grad(y, leaves, dy.chunk(2, -1)[half])
+
+    for half in (0, 1):
+        run(half, lambda mine: sums.append(mine.clone()) or mine)
+    results = [run(half, lambda _: sums[0] + sums[1]) for half in (0, 1)]
+    gradients = [torch.cat(pair, -1) for pair in zip(*(gradients for _, gradients in results), strict=True)]
+    return torch.cat([y for y, _ in results], -1), gradients
 
 
 @pytest.mark.parametrize("norm_before_gate", [False, True])
@@ -25,17 +48,17 @@ def test_equals_the_definition(group_size, norm_before_gate, gated):
 
 
 @pytest.mark.parametrize("norm_before_gate", [False, True])
-def test_halves_of_a_group_with_shared_sums(norm_before_gate):
-    x, z, weight = (torch.randn(*shape, dtype=torch.float64) for shape in ((3, 8), (3, 8), (8,)))
-    options = {"norm_before_gate": norm_before_gate}
+@pytest.mark.parametrize("gated", [False, True])
+def test_halves_of_a_group(norm_before_gate, gated):
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 8), (8,), (3, 8))]
+    x, weight, z = inputs if gated else (*inputs[:2], None)
+    dy, options = torch.randn(3, 8, dtype=torch.float64), {"norm_before_gate": norm_before_gate}
     whole = gated_rmsnorm(x, weight, z, eps=1e-5, **options)
-    halves = [slice(0, 4), slice(4, 8)]
-    total = sum(square_sums(x[:, half], z[:, half], **options) for half in halves)
-    for half in halves:
-        part = gated_rmsnorm(
-            x[:, half], weight[half], z[:, half], eps=1e-5, square_sum=total, square_count=8, **options
-        )
-        assert_close(part, whole[:, half], RELATIVE[torch.float64])
+    expected = torch.autograd.grad(whole, inputs, dy, allow_unused=True)
+    y, gradients = in_halves(x, weight, z, dy, **options)
+    assert_close(y, whole, RELATIVE[torch.float64])
+    for result, reference in zip(gradients, expected, strict=False):
+        assert_close(result, reference, RELATIVE[torch.float64])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

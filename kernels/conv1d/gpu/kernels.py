@@ -7,6 +7,8 @@ span's first tokens see of the tokens before it is read again by its program, an
 import triton
 import triton.language as tl
 
+from ...common.functions import sigmoid
+
 
 @triton.jit
 def _of_channels(pid, blocks0, blocks1, size0, size1, size2, BLOCK: tl.constexpr):
@@ -64,7 +66,7 @@ def conv_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, y0_ptr, y1_ptr, y2_ptr, blocks_ptr, spans_ptr, nblocks, nspans,
     row_stride, token_stride, size0, size1, size2, blocks0, blocks1,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
-    SILU: tl.constexpr,
+    SILU: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y of one block of tokens and BLOCK channels, to the part, (tokens, size), that these channels lie in."""
     first, offset, size = _of_channels(tl.program_id(1), blocks0, blocks1, size0, size1, size2, BLOCK)
@@ -88,7 +90,7 @@ def conv_kernel(
         xs = x_ptr + row.to(tl.int64) * row_stride + start.to(tl.int64) * token_stride + channel
         ys = y_ptr + token.to(tl.int64) * size + column
         window = _window(xs, token_stride, state_ptr + channel, channels, known, before, state, WIDTH, HAS_STATE)
-        for i in range(0, length, UNROLL):
+        for i in tl.range(0, length, UNROLL, num_stages=STAGES):
             new = ()
             for u in tl.static_range(UNROLL):
                 new = new + (tl.load(xs + u * token_stride, mask=known & (i + u < length), other=0.0),)
@@ -99,7 +101,7 @@ def conv_kernel(
                     y += taps[k] * window[k]
                 window = window[1:] + (x,)
                 if SILU:
-                    y = y * tl.sigmoid(y)
+                    y = y * sigmoid(y)
                 tl.store(ys + u * size, y.to(y0_ptr.dtype.element_ty), mask=known & (i + u < length))
             xs += UNROLL * token_stride
             ys += UNROLL * size
@@ -111,7 +113,7 @@ def conv_backward_kernel(
     dy0_ptr, dy1_ptr, dy2_ptr, x_ptr, weight_ptr, bias_ptr, state_ptr, dx_ptr, d_state_ptr, shares_ptr, blocks_ptr,
     spans_ptr, nblocks, nspans, row_stride, token_stride, dx_stride, size0, size1, size2, blocks0, blocks1,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
-    SILU: tl.constexpr,
+    SILU: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx of one block of tokens and BLOCK channels, (tokens, dx_stride), the gradients of states that begin here, and
     the block's share of those of the weights and the bias, (nblocks, WIDTH + 1, channels).
@@ -151,7 +153,7 @@ def conv_backward_kernel(
         sums = ()
         for _ in tl.static_range(WIDTH - 1):
             sums = sums + (zero,)
-        for i in range(0, length + WIDTH - 1, UNROLL):
+        for i in tl.range(0, length + WIDTH - 1, UNROLL, num_stages=STAGES):
             new = ()
             dnew = ()
             for u in tl.static_range(UNROLL):
@@ -166,8 +168,8 @@ def conv_backward_kernel(
                     y = bias
                     for k in tl.static_range(WIDTH):
                         y += taps[k] * window[k]
-                    sigmoid = tl.sigmoid(y)
-                    g = g * sigmoid * (1 + y * (1 - sigmoid))
+                    s = sigmoid(y)
+                    g = g * s * (1 + y * (1 - s))
                 mine = tl.where(i + u < length, g, 0.0)
                 d_bias += mine
                 more = ()
@@ -175,11 +177,10 @@ def conv_backward_kernel(
                     more = more + (d_taps[k] + mine * window[k],)
                 d_taps = more
                 window = window[1:]
-                sums = sums + (zero,)
                 reached = ()
-                for k in tl.static_range(WIDTH):
+                for k in tl.static_range(WIDTH - 1):
                     reached = reached + (sums[k] + taps[k] * g,)
-                sums = reached
+                sums = reached + (taps[WIDTH - 1] * g,)
                 complete = sums[0].to(dx_ptr.dtype.element_ty)
                 mask = known & (i + u >= WIDTH - 1) & (i + u < length + WIDTH - 1)
                 tl.store(dxs + u * dx_stride, complete, mask=mask)

@@ -18,14 +18,15 @@ PARTS = 3  # that channels may be split into
 
 @dataclass(frozen=True)
 class Launch:
-    """Channels of a program, its warps, and how many tokens it reads at once."""
+    """Channels of a program, its warps, how many tokens it reads at once, and stages of its software pipeline."""
 
     channels: int
     warps: int
     unroll: int
+    stages: int
 
 
-FORWARD, BACKWARD = Launch(512, 4, 8), Launch(256, 2, 4)
+FORWARD, BACKWARD = Launch(256, 2, 4, 3), Launch(256, 2, 4, 3)
 
 
 @operator
@@ -135,7 +136,7 @@ class _Problem:
             "row_stride": self.x.stride(0), "token_stride": self.x.stride(1),
             "size0": sizes[0], "size1": sizes[1], "size2": sizes[2], "blocks0": blocks[0], "blocks1": blocks[1],
             "WIDTH": self.weight.shape[1], "BLOCK": how.channels, "UNROLL": how.unroll, "HAS_BIAS": bias is not None,
-            "HAS_STATE": state is not None, "SILU": silu, "num_warps": how.warps,
+            "HAS_STATE": state is not None, "SILU": silu, "STAGES": how.stages, "num_warps": how.warps,
         }  # fmt: skip
 
 

@@ -6,6 +6,8 @@ A group of channels is TILES tiles of BLOCK, so that few lanes are idle whatever
 import triton
 import triton.language as tl
 
+from ...common.functions import sigmoid
+
 
 @triton.jit
 def _rows(ptr, tokens, stride, group, group_size):
@@ -14,13 +16,18 @@ def _rows(ptr, tokens, stride, group, group_size):
 
 
 @triton.jit
+def _tile(rows, known, i, group_size, BLOCK: tl.constexpr):
+    """Tile i of a group's channels of tokens, in the dtype it is stored in."""
+    column = i * BLOCK + tl.arange(0, BLOCK)
+    return tl.load(rows + column[None, :], mask=known[:, None] & (column < group_size)[None, :], other=0.0)
+
+
+@triton.jit
 def _tiles(rows, known, group_size, BLOCK: tl.constexpr, TILES: tl.constexpr):
-    """A group's channels of tokens, in the dtype they are stored in."""
+    """All tiles of a group's channels of tokens."""
     tiles = ()
     for i in tl.static_range(TILES):
-        column = i * BLOCK + tl.arange(0, BLOCK)
-        mask = known[:, None] & (column < group_size)[None, :]
-        tiles = tiles + (tl.load(rows + column[None, :], mask=mask, other=0.0),)
+        tiles = tiles + (_tile(rows, known, i, group_size, BLOCK),)
     return tiles
 
 
@@ -39,7 +46,7 @@ def norm_kernel(
     x_ptr, z_ptr, weight_ptr, y_ptr, added_ptr, sum_ptr, squares_ptr, scale_ptr, ntokens, x_stride, z_stride,
     added_stride, group_size, ngroups, eps, per_channel,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, HAS_Z: tl.constexpr, BEFORE: tl.constexpr,
-    HAS_ADDED: tl.constexpr, SQUARES: tl.constexpr,
+    HAS_ADDED: tl.constexpr, SQUARES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y = weight v scale with v = x silu(z), or weight x scale silu(z) if BEFORE; y is (ntokens, channels).
 
@@ -52,7 +59,7 @@ def norm_kernel(
     channels = ngroups * group_size
     if SQUARES != "only":
         weights = _weights(weight_ptr, group, group_size, BLOCK, TILES)
-    for first in range(worker * ROWS, ntokens, workers * ROWS):
+    for first in tl.range(worker * ROWS, ntokens, workers * ROWS, num_stages=STAGES):
         tokens = first + tl.arange(0, ROWS)
         known = tokens < ntokens
         xs = _tiles(_rows(x_ptr, tokens, x_stride, group, group_size), known, group_size, BLOCK, TILES)
@@ -69,7 +76,7 @@ def norm_kernel(
                 value = (value + more[i].to(tl.float32)).to(sum_ptr.dtype.element_ty).to(tl.float32)
             if HAS_Z and not BEFORE:
                 z = zs[i].to(tl.float32)
-                value = value * z * tl.sigmoid(z)
+                value = value * z * sigmoid(z)
             total += value * value
             values = values + (value,)
         at = tokens.to(tl.int64) * ngroups + group
@@ -92,7 +99,7 @@ def norm_kernel(
                 y = values[i] * scale[:, None] * weights[i]
                 if HAS_Z and BEFORE:
                     z = zs[i].to(tl.float32)
-                    y = y * z * tl.sigmoid(z)
+                    y = y * z * sigmoid(z)
                 tl.store(ys + column[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -102,6 +109,7 @@ def norm_backward_kernel(
     ntokens, x_stride, z_stride, group_size, ngroups, per_channel,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, HAS_Z: tl.constexpr, BEFORE: tl.constexpr,
     HAS_CARRIED: tl.constexpr, HAS_ADDED: tl.constexpr, PRODUCTS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx, dz and each program's share of the gradient of the weight, (workers, channels), which it sums in one order.
 
@@ -117,23 +125,21 @@ def norm_backward_kernel(
     d_weights = ()
     for _ in tl.static_range(TILES):
         d_weights = d_weights + (tl.zeros([ROWS, BLOCK], tl.float32),)
-    for first in range(worker * ROWS, ntokens, workers * ROWS):
+    for first in tl.range(worker * ROWS, ntokens, workers * ROWS, num_stages=STAGES):
         tokens = first + tl.arange(0, ROWS)
         known = tokens < ntokens
-        dys = _tiles(_rows(dy_ptr, tokens, channels, group, group_size), known, group_size, BLOCK, TILES)
-        xs = _tiles(_rows(x_ptr, tokens, x_stride, group, group_size), known, group_size, BLOCK, TILES)
-        if HAS_Z:
-            zs = _tiles(_rows(z_ptr, tokens, z_stride, group, group_size), known, group_size, BLOCK, TILES)
-        if HAS_CARRIED:
-            carried = _tiles(_rows(carried_ptr, tokens, channels, group, group_size), known, group_size, BLOCK, TILES)
+        dys = _rows(dy_ptr, tokens, channels, group, group_size)
+        xs = _rows(x_ptr, tokens, x_stride, group, group_size)
+        zs = _rows(z_ptr, tokens, z_stride, group, group_size)
         at = tokens.to(tl.int64) * ngroups + group
         scale = tl.load(scale_ptr + at, mask=known, other=0.0)
         total = tl.zeros([ROWS, BLOCK], tl.float32)
         for i in tl.static_range(TILES):
-            product = dys[i].to(tl.float32) * xs[i].to(tl.float32)
+            dy = _tile(dys, known, i, group_size, BLOCK).to(tl.float32)
+            product = dy * _tile(xs, known, i, group_size, BLOCK).to(tl.float32)
             if HAS_Z:
-                z = zs[i].to(tl.float32)
-                product = product * z * tl.sigmoid(z)
+                z = _tile(zs, known, i, group_size, BLOCK).to(tl.float32)
+                product = product * z * sigmoid(z)
             total += product * weights[i]
         if PRODUCTS == "given":
             products = tl.load(products_ptr + at, mask=known, other=0.0)
@@ -150,13 +156,14 @@ def norm_backward_kernel(
             for i in tl.static_range(TILES):
                 column = i * BLOCK + tl.arange(0, BLOCK)
                 mask = known[:, None] & (column < group_size)[None, :]
-                dy = dys[i].to(tl.float32)
-                x = xs[i].to(tl.float32)
+                # read again, from L1: registers for all tiles would leave a processor one program
+                dy = tl.load(dys + column[None, :], mask=mask, other=0.0, cache_modifier=".ca").to(tl.float32)
+                x = tl.load(xs + column[None, :], mask=mask, other=0.0, cache_modifier=".ca").to(tl.float32)
                 if HAS_Z:
-                    z = zs[i].to(tl.float32)
-                    sigmoid = tl.sigmoid(z)
-                    gate = z * sigmoid
-                    d_gate = sigmoid * (1 + z * (1 - sigmoid))
+                    z = tl.load(zs + column[None, :], mask=mask, other=0.0, cache_modifier=".ca").to(tl.float32)
+                    s = sigmoid(z)
+                    gate = z * s
+                    d_gate = s * (1 + z * (1 - s))
                 if HAS_Z and not BEFORE:
                     n = x * gate * scale[:, None]
                     summed = summed + (d_weights[i] + dy * n,)
@@ -173,7 +180,8 @@ def norm_backward_kernel(
                     summed = summed + (d_weights[i] + t * n,)
                     dx = scale[:, None] * (weights[i] * t - n * mean[:, None])
                 if HAS_CARRIED:
-                    dx += carried[i].to(tl.float32)
+                    carried = _rows(carried_ptr, tokens, channels, group, group_size)
+                    dx += _tile(carried, known, i, group_size, BLOCK).to(tl.float32)
                 if HAS_ADDED:
                     tl.store(d_adds + column[None, :], dx.to(d_added_ptr.dtype.element_ty), mask=mask)
                 tl.store(dxs + column[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)

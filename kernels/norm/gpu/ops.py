@@ -24,6 +24,7 @@ class Tiles:
     block: int
     count: int
     warps: int
+    stages: int = 1
 
 
 def tiles_for(group_size: int, elements: int) -> Tiles:
@@ -34,7 +35,7 @@ def tiles_for(group_size: int, elements: int) -> Tiles:
     count = -(-group_size // block)
     rows = max(1, triton.next_power_of_2(elements // (block * count) + 1) // 2)
     held = rows * block * count
-    return Tiles(rows, block, count, 4 if held <= 2048 else 8 if held <= 8192 else 16)
+    return Tiles(rows, block, count, 4 if held <= 4096 else 8 if held <= 8192 else 16)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Problem:
             "grid": (self.workers(tiles) * self.ngroups,), "ntokens": len(self.x), "x_stride": self.x.stride(0),
             "z_stride": 0 if self.z is None else self.z.stride(0), "group_size": self.group_size,
             "ngroups": self.ngroups, "per_channel": 1 / self.count, "ROWS": tiles.rows, "BLOCK": tiles.block,
-            "TILES": tiles.count, "HAS_Z": self.z is not None, "BEFORE": self.before, "num_warps": tiles.warps,
+            "TILES": tiles.count, "STAGES": tiles.stages, "HAS_Z": self.z is not None, "BEFORE": self.before, "num_warps": tiles.warps, "maxnreg": getattr(tiles,"regs",None),
         }  # fmt: skip
 
     @property

@@ -48,22 +48,18 @@ class Config:
         return self.P * self.P_tiles, self.N
 
 
-def check(headdim: int, d_state: int, dtype: torch.dtype, capability: int) -> None:
-    """Raises ValueError for shapes, dtypes and GPUs that no configuration fits."""
+def check(headdim: int, d_state: int) -> None:
+    """Raises ValueError for shapes that no configuration fits."""
     if headdim > MAX_HEADDIM or d_state > MAX_D_STATE:
         raise ValueError(
             f"headdim ({headdim}) must be at most {MAX_HEADDIM} and d_state ({d_state}) at most {MAX_D_STATE} "
             "for backend 'triton'; use 'torch'"
         )
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"x must be bfloat16, float16 or float32 for backend 'triton', got {dtype}; use 'torch'")
-    if capability < 80:
-        raise ValueError(f"backend 'triton' needs compute capability 8.0 or later, got {capability / 10}; use 'torch'")
 
 
 def choose(headdim: int, d_state: int, dtype: torch.dtype, capability: int) -> Config:
     """The configuration for a shape, a dtype and a GPU's compute capability (90 for an H100), if one fits."""
-    check(headdim, d_state, dtype, capability)
+    check(headdim, d_state)
     channels, N = _tile(headdim), _tile(d_state)
     large = capability in (90, 100, 103)  # 227 KiB of shared memory
     # Triton 3.6 fails to pipeline the sweep for tensor memory

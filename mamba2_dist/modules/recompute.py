@@ -1,0 +1,82 @@
+"""Tensors that the backward pass makes again instead of keeping them.
+
+Autograd keeps what it saves for the backward pass; here it keeps recipes. A recipe calls local operators on tensors that
+are kept, and never communicates: what came from other ranks is among those that are kept.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Recompute = Literal["none", "conv", "inner"]
+
+
+class _Recipe:
+    """Makes its tensors at the first call of a backward pass and lets go of them at the last."""
+
+    def __init__(self, make: Callable[[], Sequence[Tensor]]):
+        self.make, self.readers, self.left = make, 0, 0
+        self.made: Sequence[Tensor] = ()
+
+    def take(self, index: int) -> Tensor:
+        if not self.made:
+            with torch.no_grad():
+                self.made, self.left = self.make(), self.readers
+        tensor = self.made[index]
+        self.left -= 1
+        if self.left == 0:
+            self.made = ()
+        return tensor
+
+
+class Again:
+    """Stands for a tensor, or a view of it, that will be made again; every one made must be called once a pass."""
+
+    def __init__(self, recipe: _Recipe, index: int, like: Tensor):
+        self.recipe, self.index = recipe, index
+        self.view = (like.shape, like.stride(), like.storage_offset())
+        recipe.readers += 1
+
+    def __call__(self) -> Tensor:
+        return self.recipe.take(self.index).as_strided(*self.view)
+
+
+@dataclass(frozen=True)
+class _Known:
+    recipe: _Recipe
+    index: int
+
+
+class Forgetful(torch.autograd.graph.saved_tensors_hooks):
+    """Inside this context autograd saves recipes in the place of the tensors that have one."""
+
+    def __init__(self):
+        super().__init__(self._pack, lambda kept: kept() if isinstance(kept, Again) else kept)
+        self.known: dict[int, _Known] = {}
+
+    def __enter__(self) -> "Forgetful":
+        super().__enter__()
+        return self
+
+    def forget(self, tensors: Sequence[Tensor], make: Callable[[], Sequence[Tensor]]) -> None:
+        """Autograd shall not save these tensors, each of which has memory of its own: `make` gives them again."""
+        recipe = _Recipe(make)
+        for index, tensor in enumerate(tensors):
+            if tensor.numel():
+                self.known[_memory(tensor)] = _Known(recipe, index)
+
+    def again(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """What gives a forgotten tensor to another recipe."""
+        kept = self._pack(tensor)
+        return kept if isinstance(kept, Again) else lambda: kept
+
+    def _pack(self, tensor: Tensor) -> Any:
+        known = self.known.get(_memory(tensor)) if tensor.numel() else None
+        return tensor if known is None else Again(known.recipe, known.index, tensor)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
