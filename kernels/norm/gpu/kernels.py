@@ -16,18 +16,13 @@ def _rows(ptr, tokens, stride, group, group_size):
 
 
 @triton.jit
-def _tile(rows, known, i, group_size, BLOCK: tl.constexpr):
-    """Tile i of a group's channels of tokens, in the dtype it is stored in."""
-    column = i * BLOCK + tl.arange(0, BLOCK)
-    return tl.load(rows + column[None, :], mask=known[:, None] & (column < group_size)[None, :], other=0.0)
-
-
-@triton.jit
 def _tiles(rows, known, group_size, BLOCK: tl.constexpr, TILES: tl.constexpr):
-    """All tiles of a group's channels of tokens."""
+    """A group's channels of tokens, in the dtype they are stored in."""
     tiles = ()
     for i in tl.static_range(TILES):
-        tiles = tiles + (_tile(rows, known, i, group_size, BLOCK),)
+        column = i * BLOCK + tl.arange(0, BLOCK)
+        mask = known[:, None] & (column < group_size)[None, :]
+        tiles = tiles + (tl.load(rows + column[None, :], mask=mask, other=0.0),)
     return tiles
 
 
@@ -128,17 +123,19 @@ def norm_backward_kernel(
     for first in tl.range(worker * ROWS, ntokens, workers * ROWS, num_stages=STAGES):
         tokens = first + tl.arange(0, ROWS)
         known = tokens < ntokens
-        dys = _rows(dy_ptr, tokens, channels, group, group_size)
-        xs = _rows(x_ptr, tokens, x_stride, group, group_size)
-        zs = _rows(z_ptr, tokens, z_stride, group, group_size)
+        dys = _tiles(_rows(dy_ptr, tokens, channels, group, group_size), known, group_size, BLOCK, TILES)
+        xs = _tiles(_rows(x_ptr, tokens, x_stride, group, group_size), known, group_size, BLOCK, TILES)
+        if HAS_Z:
+            zs = _tiles(_rows(z_ptr, tokens, z_stride, group, group_size), known, group_size, BLOCK, TILES)
+        if HAS_CARRIED:
+            carried = _tiles(_rows(carried_ptr, tokens, channels, group, group_size), known, group_size, BLOCK, TILES)
         at = tokens.to(tl.int64) * ngroups + group
         scale = tl.load(scale_ptr + at, mask=known, other=0.0)
         total = tl.zeros([ROWS, BLOCK], tl.float32)
         for i in tl.static_range(TILES):
-            dy = _tile(dys, known, i, group_size, BLOCK).to(tl.float32)
-            product = dy * _tile(xs, known, i, group_size, BLOCK).to(tl.float32)
+            product = dys[i].to(tl.float32) * xs[i].to(tl.float32)
             if HAS_Z:
-                z = _tile(zs, known, i, group_size, BLOCK).to(tl.float32)
+                z = zs[i].to(tl.float32)
                 product = product * z * sigmoid(z)
             total += product * weights[i]
         if PRODUCTS == "given":
@@ -156,11 +153,10 @@ def norm_backward_kernel(
             for i in tl.static_range(TILES):
                 column = i * BLOCK + tl.arange(0, BLOCK)
                 mask = known[:, None] & (column < group_size)[None, :]
-                # read again, from L1: registers for all tiles would leave a processor one program
-                dy = tl.load(dys + column[None, :], mask=mask, other=0.0, cache_modifier=".ca").to(tl.float32)
-                x = tl.load(xs + column[None, :], mask=mask, other=0.0, cache_modifier=".ca").to(tl.float32)
+                dy = dys[i].to(tl.float32)
+                x = xs[i].to(tl.float32)
                 if HAS_Z:
-                    z = tl.load(zs + column[None, :], mask=mask, other=0.0, cache_modifier=".ca").to(tl.float32)
+                    z = zs[i].to(tl.float32)
                     s = sigmoid(z)
                     gate = z * s
                     d_gate = s * (1 + z * (1 - s))
@@ -180,8 +176,7 @@ def norm_backward_kernel(
                     summed = summed + (d_weights[i] + t * n,)
                     dx = scale[:, None] * (weights[i] * t - n * mean[:, None])
                 if HAS_CARRIED:
-                    carried = _rows(carried_ptr, tokens, channels, group, group_size)
-                    dx += _tile(carried, known, i, group_size, BLOCK).to(tl.float32)
+                    dx += carried[i].to(tl.float32)
                 if HAS_ADDED:
                     tl.store(d_adds + column[None, :], dx.to(d_added_ptr.dtype.element_ty), mask=mask)
                 tl.store(dxs + column[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
