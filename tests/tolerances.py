@@ -9,6 +9,10 @@ RELATIVE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2}
 """One device, one operator, against its float64 definition, forward and gradients."""
 
 
+KERNELS = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 3e-6}
+"""Kernels that read their inputs once, against float64: results and gradients are rounded once, to this dtype."""
+
+
 def _ssd(*errors: float) -> dict[str, float]:
     """For results, gradients of activations, of steps and of what all tokens share."""
     names = ("y final_states", "dx dB dC dz dinitial_states", "ddt", "dA ddt_bias dD")

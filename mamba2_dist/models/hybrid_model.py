@@ -28,13 +28,20 @@ class Backbone(nn.Module):
     """Embedding, blocks and the last norm."""
 
     def __init__(
-        self, config: HybridConfig, groups: ParallelGroups, parallel: ParallelConfig, recompute: Recompute, **factory
+        self,
+        config: HybridConfig,
+        groups: ParallelGroups,
+        parallel: ParallelConfig,
+        *,
+        recompute: Recompute,
+        compiled: bool,
+        **factory,
     ):
         super().__init__()
         split = {"sequence_parallel": parallel.sequence_parallel, **factory}
         self.embedding = VocabParallelEmbedding(config.vocab_size, config.d_model, groups.tp, **split)
         self.layers = hybrid_layers(
-            config, groups, state_scan=parallel.state_scan, recompute=recompute, **split
+            config, groups, state_scan=parallel.state_scan, recompute=recompute, compiled=compiled, **split
         )
         self.norm_f = RMSNorm(config.d_model, config.norm_eps, groups.tp, **split)
 
@@ -54,7 +61,7 @@ class HybridModel(nn.Module):
     """A language model of Mamba-2, attention and MLP layers, split over `groups`.
 
     parallel: how it is split; its sizes must be those of `groups`. recompute: what Mamba-2 layers make again in the
-    backward pass; see `Mamba2Mixer`. seed: parameters are drawn from it, the same model
+    backward pass; see `Mamba2Mixer`. compiled: activations of MLPs and the loss by torch.compile. seed: parameters are drawn from it, the same model
     whatever the split. Raises ValueError when the model does not fit the split.
     """
 
@@ -65,6 +72,7 @@ class HybridModel(nn.Module):
         parallel: ParallelConfig | None = None,
         *,
         recompute: Recompute = "none",
+        compiled: bool = False,
         seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -77,9 +85,9 @@ class HybridModel(nn.Module):
                 raise ValueError(f"parallel.{name} ({getattr(parallel, name)}) must equal the groups' {name} ({size})")
         if groups.pp.size > 1:
             raise ValueError(f"pp must be 1, got {groups.pp.size}; pipelines need a pipeline engine")
-        self.config, self.groups, self.parallel = config, groups, parallel
+        self.config, self.groups, self.parallel, self.compiled = config, groups, parallel, compiled
         factory = {"device": device, "dtype": dtype}
-        self.backbone = Backbone(config, groups, parallel, recompute, **factory)
+        self.backbone = Backbone(config, groups, parallel, recompute=recompute, compiled=compiled, **factory)
         self.lm_head = None
         if not config.tie_embeddings:
             self.lm_head = VocabParallelHead(
@@ -100,7 +108,9 @@ class HybridModel(nn.Module):
             segments = SegmentTable.contiguous(tokens.shape[1], 1, batch=tokens.shape[0])
         self._check(tokens, labels, segments)
         logits = self._logits(self.backbone(tokens, segments))
-        return logits if labels is None else vocab_parallel_cross_entropy(logits, labels, self.groups.tp)
+        if labels is None:
+            return logits
+        return vocab_parallel_cross_entropy(logits, labels, self.groups.tp, compiled=self.compiled)
 
     def new_cache(self, batch: int) -> list:
         """Every layer's memory before the first token."""

@@ -43,6 +43,7 @@ def hybrid_layers(
     sequence_parallel: bool = False,
     state_scan: StateScan = "all_gather",
     recompute: Recompute = "none",
+    compiled: bool = False,
     **factory,
 ) -> nn.ModuleList:
     """The blocks of `config.pattern`, parameters allocated but not drawn."""
@@ -53,7 +54,7 @@ def hybrid_layers(
             state_scan=state_scan, recompute=recompute, norm_eps=config.norm_eps, seed=None, **shared,
         ),
         "*": lambda: Attention(config.attention, config.d_model, groups, **shared),
-        "-": lambda: MLP(config.mlp, config.d_model, groups, **shared),
+        "-": lambda: MLP(config.mlp, config.d_model, groups, compiled=compiled, **shared),
     }
     return nn.ModuleList(
         Block(

@@ -61,6 +61,11 @@ class Forgetful(torch.autograd.graph.saved_tensors_hooks):
         super().__enter__()
         return self
 
+    def __exit__(self, *exception) -> None:
+        super().__exit__(*exception)
+        # the hooks refer to this object and it to them: what else it holds must not wait for a garbage collection
+        self.known.clear()
+
     def forget(self, tensors: Sequence[Tensor], make: Callable[[], Sequence[Tensor]]) -> None:
         """Autograd shall not save these tensors, each of which has memory of its own: `make` gives them again."""
         recipe = _Recipe(make)

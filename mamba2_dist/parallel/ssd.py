@@ -39,7 +39,7 @@ def conv1d_over_segments(
         parts = causal_conv1d_split(
             x.flatten(0, 1)[None], weight, bias, sizes, initial_state=halo, cu_seqlens=pieces, activation=activation
         )
-        return [part[0].unflatten(0, x.shape[:2]) for part in parts]
+        return [part.view(*x.shape[:2], part.shape[2]) for part in parts]
 
     return convolve(), convolve
 

@@ -99,6 +99,11 @@ class TrainConfig:
     """Windows at a time on one dp rank; None: all of its share. Less means gradient accumulation."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16": matrix products in bfloat16, parameters, states and sums in float32."""
+    recompute: Literal["none", "conv", "inner"] = "none"
+    """What Mamba-2 layers make again in the backward pass rather than keep: nothing, the convolution's results ("conv"),
+    or all between their projections ("inner", the least memory)."""
+    compile: bool = False
+    """Run the activations of MLPs and the loss through torch.compile; Mamba-2 layers have kernels of their own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto": cuda where every process has a GPU of its own, else cpu."""
     seed: int = 0
@@ -127,6 +132,7 @@ class TrainConfig:
         require(len(self.prompt) > 0, "prompt must not be empty; give it some text")
         require(self.sample_tokens >= 0, f"sample_tokens must not be below 0, got {self.sample_tokens}")
         check_choice_field(self, "precision", "fp32", "bf16")
+        check_choice_field(self, "recompute", "none", "conv", "inner")
         check_choice_field(self, "device", "auto", "cpu", "cuda")
         require(
             self.preset is None or self.preset in PRESETS,

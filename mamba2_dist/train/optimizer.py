@@ -54,8 +54,12 @@ def gradient_norm(model: nn.Module, groups: ParallelGroups, *, sharded: bool) ->
 
     sharded: whether the data group holds different rows of each gradient (FSDP) or all the same (DDP).
     """
-    total = sum((piece.square().sum() / replicas for piece, replicas in _gradients(model)), start=torch.zeros(()))
-    total = torch.as_tensor(total, dtype=torch.float32).reshape(1)
+    by_replicas: dict[int, list[Tensor]] = {}
+    for piece, replicas in _gradients(model):
+        by_replicas.setdefault(replicas, []).append(piece)
+    total = torch.zeros(1)
+    for replicas, pieces in by_replicas.items():
+        total = total + torch.stack(torch._foreach_norm(pieces)).square().sum().float() / replicas
     if groups.tp.handle is not None or groups.data.handle is not None:
         total = total.to(next(model.parameters()).device)
     total = sum_over(total, groups.tp)

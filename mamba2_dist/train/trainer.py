@@ -78,7 +78,10 @@ class Trainer:
         self.share, self.micro = self.config.share(self.groups.dp.size)
         self.corpus_folder = self._prepare_data()
         self.corpus = data.load(self.corpus_folder, config.data.seqlen)
-        model = HybridModel(config.architecture, self.groups, parallel, seed=config.seed, device=device)
+        model = HybridModel(
+            config.architecture, self.groups, parallel,
+            recompute=config.recompute, compiled=config.compile, seed=config.seed, device=device,
+        )  # fmt: skip
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.model = self._wrap(model)
         self.optimizer = make_optimizer(self.model, config.optimizer)
@@ -131,7 +134,7 @@ class Trainer:
         return [
             f"model {self.config.architecture.pattern}, {self.parameters / 1e6:.2f}M parameters on this rank",
             f"split tp {parallel.tp} cp {parallel.cp} ({parallel.layout}) dp {parallel.dp} on {self.device.type}, "
-            f"{self.config.precision}",
+            f"{self.config.precision}, recompute {self.config.recompute}{', compiled' * self.config.compile}",
             f"data {self.config.data.source}: {len(train.tokens):,} tokens in {len(train.ends):,} documents, "
             f"{train.windows:,} windows of {train.seqlen}",
         ]

@@ -1,4 +1,4 @@
-"""Compiles the SSD kernels for GPUs that need not be there and prints what each needs, one JSON object a line.
+"""Compiles the kernels for GPUs that need not be there and prints what each needs, one JSON object a line.
 
 Run as a program, with TRITON_INTERPRET unset: `python compile_kernels.py CAPABILITY DTYPE HEADDIM D_STATE`.
 """
@@ -12,6 +12,10 @@ from pathlib import Path
 
 import torch
 import triton
+from mamba2_dist.kernels.conv1d.gpu import kernels as conv
+from mamba2_dist.kernels.conv1d.gpu import ops as conv_ops
+from mamba2_dist.kernels.norm.gpu import kernels as norm
+from mamba2_dist.kernels.norm.gpu import ops as norm_ops
 from mamba2_dist.kernels.ssd.gpu import backward, chunk_backward, config, forward, gate, scan, steps, sweep
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -21,12 +25,13 @@ STATES = {"h_ptr", "dh_ptr"}
 # pointers that hold the dtype of x; the others hold float32, and indices int32
 IN_X_DTYPE = {
     "x_ptr", "dy_ptr", "z_ptr", "B_ptr", "C_ptr", "h_ptr", "dh_ptr", "dx_ptr", "y_ptr", "ungated_ptr", "Q_ptr",
-    "dt_ptr", "ddt_ptr", "d_ungated_ptr", "dz_ptr", "dB_ptr", "dC_ptr",
+    "dt_ptr", "ddt_ptr", "d_ungated_ptr", "dz_ptr", "dB_ptr", "dC_ptr", "y0_ptr", "y1_ptr", "y2_ptr", "dy0_ptr",
+    "dy1_ptr", "dy2_ptr", "added_ptr", "d_added_ptr",
 }  # fmt: skip
 
 
 # numbers get their types from their values, so that two of one meaning may differ
-KINDS = {"low": "fp32", "high": "fp32", "x_row_stride": "i64"}
+KINDS = {"low": "fp32", "high": "fp32", "x_row_stride": "i64", "eps": "fp32", "per_channel": "fp32"}
 STRIDES = {"B_group_stride": 1}
 
 
@@ -72,6 +77,26 @@ def cases(choice, dtype):
     channels = choice.state_shape[0]
     gated = {"T": backward.GATED_TILE // channels, "P": channels, "HAS_D": True}
     yield "gate_backward", gate.gate_backward_kernel, few, gated
+    yield from others(dtype)
+
+
+def others(dtype):
+    """The convolution and the norms, which depend on none of these sizes."""
+    flags = {"WIDTH": 4, "HAS_BIAS": True, "HAS_STATE": True, "SILU": True}
+    for name, kernel, how in (
+        ("conv", conv.conv_kernel, conv_ops.FORWARD), ("conv_backward", conv.conv_backward_kernel, conv_ops.BACKWARD)
+    ):  # fmt: skip
+        launch = config.Launch(how.warps, how.stages)
+        yield name, kernel, launch, flags | {"BLOCK": how.channels, "UNROLL": how.unroll, "STAGES": how.stages}
+    for group_size, gated in ((5120, True), (1024, True), (2560, False)):
+        for backward in (False, True):
+            tiles = norm_ops.tiles_for(group_size, 3 * dtype.itemsize if backward else 0)
+            constants = {"ROWS": tiles.rows, "BLOCK": tiles.block, "TILES": tiles.count, "STAGES": tiles.stages,
+                         "HAS_Z": gated, "BEFORE": False, "HAS_ADDED": not gated}  # fmt: skip
+            how = {"HAS_CARRIED": not gated, "PRODUCTS": "here"} if backward else {"SQUARES": "here"}
+            kernel = norm.norm_backward_kernel if backward else norm.norm_kernel
+            name = f"norm{'_backward' * backward}_{group_size}"
+            yield name, kernel, config.Launch(tiles.warps, tiles.stages), constants | how
 
 
 def compile_kernel(kernel, launch, constants, dtype, capability):
@@ -84,11 +109,12 @@ def compile_kernel(kernel, launch, constants, dtype, capability):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            integers = name in ("chunks_ptr", "spans_ptr", "documents_ptr") or "index" in name
+            integers = name in ("chunks_ptr", "spans_ptr", "documents_ptr", "blocks_ptr") or "index" in name
             signature[name] = "*i32" if integers else f"*{kinds.get(name, 'fp32')}"
         else:
             signature[name] = KINDS.get(name, "i32")
-    even = [name for name, kind in signature.items() if kind.startswith("*") or name.endswith("_stride")]
+    sizes = ("_stride", "group_size", "size0", "size1", "size2")
+    even = [name for name, kind in signature.items() if kind.startswith("*") or name.endswith(sizes)]
     source = ASTSource(
         fn=kernel,
         signature=signature,

@@ -1,4 +1,4 @@
-"""The SSD kernels compile for GPUs that are not here, and fit them."""
+"""The kernels compile for GPUs that are not here, and fit them."""
 
 import json
 import os

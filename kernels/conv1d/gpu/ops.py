@@ -12,7 +12,7 @@ from ...common.operators import call, fake, gradients_of, operator, without_grad
 from .kernels import conv_backward_kernel, conv_kernel
 from .table import Table, lay_out
 
-TOKENS = 128  # of a program
+TOKENS = 256  # of a program
 PARTS = 3  # that channels may be split into
 
 
@@ -26,7 +26,7 @@ class Launch:
     stages: int
 
 
-FORWARD, BACKWARD = Launch(256, 2, 4, 3), Launch(256, 2, 4, 3)
+FORWARD, BACKWARD = Launch(256, 2, 4, 4), Launch(256, 2, 4, 4)
 
 
 @operator

@@ -13,29 +13,39 @@ from ...common.launcher import device_limits, launch
 from ...common.operators import call, fake, gradients_of, operator, without_gradients
 from .kernels import norm_backward_kernel, norm_kernel
 
-PROGRAMS = 8  # of a processor, at most
+TILE = 5120  # channels of a program at a time, about
+SHARED = 96 * 1024  # bytes of a program that every GPU has
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tokens and channels of a tile, tiles of a group, warps of a program."""
+    """Tokens and channels of a tile, tiles of a group, warps of a program, stages of its software pipeline, and programs
+    of a processor."""
 
     rows: int
     block: int
     count: int
     warps: int
-    stages: int = 1
+    stages: int
+    programs: int
 
 
-def tiles_for(group_size: int, elements: int) -> Tiles:
-    """Tiles that cover a group with few idle lanes, of about `elements` in all."""
+def tiles_for(group_size: int, ahead: int = 0) -> Tiles:
+    """Tiles that cover a group with few idle lanes. ahead: bytes of a channel in the backward pass, where a program of 8
+    warps takes a processor's registers and therefore reads ahead; 0 in the forward pass, where programs are many.
+
+    Measured on an H100 at 2560 and 5120 channels (docs/kernels.md).
+    """
     block = min(triton.next_power_of_2(group_size), 1024)
     while block > 128 and -(-group_size // block) * block > group_size + group_size // 16:
         block //= 2
     count = -(-group_size // block)
-    rows = max(1, triton.next_power_of_2(elements // (block * count) + 1) // 2)
+    rows = 1 << (max(TILE // (block * count), 1).bit_length() - 1)
     held = rows * block * count
-    return Tiles(rows, block, count, 4 if held <= 4096 else 8 if held <= 8192 else 16)
+    warps = 4 if held <= 2560 else 8 if held <= 8192 else 16
+    if not ahead or warps == 4:
+        return Tiles(rows, block, count, warps, stages=1, programs=8)
+    return Tiles(rows, block, count, warps, stages=1 + min(2, SHARED // (held * ahead)), programs=1)
 
 
 @dataclass(frozen=True)
@@ -58,15 +68,19 @@ class Problem:
 
     def workers(self, tiles: Tiles) -> int:
         """Programs of a group."""
-        slots = device_limits(self.x.device)[1] * PROGRAMS
+        slots = device_limits(self.x.device)[1] * tiles.programs
         return max(1, min(-(-len(self.x) // tiles.rows), slots // self.ngroups))
+
+    def backward_tiles(self, dy: Tensor, carried: Tensor | None = None) -> Tiles:
+        tensors = (dy, self.x, self.z, carried)
+        return tiles_for(self.group_size, sum(t.element_size() for t in tensors if t is not None))
 
     def describe(self, tiles: Tiles) -> dict[str, Any]:
         return {
             "grid": (self.workers(tiles) * self.ngroups,), "ntokens": len(self.x), "x_stride": self.x.stride(0),
             "z_stride": 0 if self.z is None else self.z.stride(0), "group_size": self.group_size,
             "ngroups": self.ngroups, "per_channel": 1 / self.count, "ROWS": tiles.rows, "BLOCK": tiles.block,
-            "TILES": tiles.count, "STAGES": tiles.stages, "HAS_Z": self.z is not None, "BEFORE": self.before, "num_warps": tiles.warps, "maxnreg": getattr(tiles,"regs",None),
+            "TILES": tiles.count, "STAGES": tiles.stages, "HAS_Z": self.z is not None, "BEFORE": self.before, "num_warps": tiles.warps,
         }  # fmt: skip
 
     @property
@@ -94,7 +108,7 @@ def normalize(
     """y in `dtype`, the scales and, where something is `added` to x first, the sums. squares: (tokens, ngroups), of
     whole groups; None: made here."""
     x, z = problem.x, problem.z
-    tiles = tiles_for(problem.group_size, 2048)
+    tiles = tiles_for(problem.group_size)
     y, scale = x.new_empty(x.shape, dtype=dtype), problem.new_sums()
     total = x.new_empty(x.shape if added is not None else 0)
     launch(
@@ -116,7 +130,7 @@ def square_sums(problem: Problem) -> Tensor:
     launch(
         norm_kernel, (problem.variant, "only"),
         lambda: dict(
-            **problem.describe(tiles_for(problem.group_size, 2048)), eps=0.0, added_stride=0, HAS_ADDED=False,
+            **problem.describe(tiles_for(problem.group_size)), eps=0.0, added_stride=0, HAS_ADDED=False,
             SQUARES="only",
         ),
         x_ptr=x, z_ptr=x if z is None else z, weight_ptr=x, y_ptr=x, added_ptr=x, sum_ptr=x, squares_ptr=sums,
@@ -132,14 +146,14 @@ def normalize_backward(
     """dx, with `carried` added, dweight, dz and, in `added_dtype`, dx again. products: (tokens, ngroups), of whole
     groups; None: made here."""
     x, z = problem.x, problem.z
-    tiles = tiles_for(problem.group_size, 2048)
+    dy = as_rows(dy).contiguous()
+    tiles = problem.backward_tiles(dy, carried)
     dx = x.new_empty(x.shape)
     dz = None if z is None else z.new_empty(z.shape)
     d_added = x.new_empty(0 if added_dtype is None else x.shape, dtype=added_dtype)
     shares = x.new_empty(problem.workers(tiles), x.shape[1], dtype=torch.float32)
-    dy = as_rows(dy).contiguous()
     launch(
-        norm_backward_kernel, (problem.variant, products is None, carried is None, added_dtype),
+        norm_backward_kernel, (problem.variant, dy.dtype, products is None, None if carried is None else carried.dtype, added_dtype),
         lambda: dict(
             **problem.describe(tiles), HAS_CARRIED=carried is not None, HAS_ADDED=added_dtype is not None,
             PRODUCTS="here" if products is None else "given",
@@ -155,14 +169,14 @@ def normalize_backward(
 def product_sums(problem: Problem, dy: Tensor, scale: Tensor) -> Tensor:
     """(tokens, ngroups): the sums over channels of what is normalised times its gradient."""
     x, z, sums = problem.x, problem.z, problem.new_sums()
+    dy = as_rows(dy).contiguous()
     launch(
-        norm_backward_kernel, (problem.variant, "only"),
+        norm_backward_kernel, (problem.variant, dy.dtype, "only"),
         lambda: dict(
-            **problem.describe(tiles_for(problem.group_size, 2048)), HAS_CARRIED=False, HAS_ADDED=False,
-            PRODUCTS="only",
+            **problem.describe(problem.backward_tiles(dy)), HAS_CARRIED=False, HAS_ADDED=False, PRODUCTS="only",
         ),
-        dy_ptr=as_rows(dy).contiguous(), x_ptr=x, z_ptr=x if z is None else z, weight_ptr=problem.weight,
-        scale_ptr=scale, products_ptr=sums, carried_ptr=x, dx_ptr=x, dz_ptr=x, d_added_ptr=x, shares_ptr=scale,
+        dy_ptr=dy, x_ptr=x, z_ptr=x if z is None else z, weight_ptr=problem.weight, scale_ptr=scale,
+        products_ptr=sums, carried_ptr=x, dx_ptr=x, dz_ptr=x, d_added_ptr=x, shares_ptr=scale,
     )  # fmt: skip
     return sums
 
