@@ -31,9 +31,7 @@ def takes_triton(backend: Backend, x: Tensor, check: Callable[[], None] | None =
         if x.device.type != "cuda" and not launcher.INTERPRETED:
             raise ValueError(f"backend 'triton' needs tensors on a GPU, got them on {x.device.type!r}; use 'torch'")
         if x.dtype not in DTYPES:
-            raise ValueError(
-                f"x must be bfloat16, float16 or float32 for backend 'triton', got {x.dtype}; use 'torch'"
-            )
+            raise ValueError(f"x must be bfloat16, float16 or float32 for backend 'triton', got {x.dtype}; use 'torch'")
         capability = launcher.device_limits(x.device)[0]
         if capability < 80:
             raise ValueError(

@@ -50,8 +50,14 @@ def hybrid_layers(
     shared = {"sequence_parallel": sequence_parallel, "residual_layers": len(config.pattern), **factory}
     makers: dict[str, Callable[[], Mamba2Mixer | Attention | MLP]] = {
         "M": lambda: Mamba2Mixer(
-            config.mamba, config.d_model, groups,
-            state_scan=state_scan, recompute=recompute, norm_eps=config.norm_eps, seed=None, **shared,
+            config.mamba,
+            config.d_model,
+            groups,
+            state_scan=state_scan,
+            recompute=recompute,
+            norm_eps=config.norm_eps,
+            seed=None,
+            **shared,
         ),
         "*": lambda: Attention(config.attention, config.d_model, groups, **shared),
         "-": lambda: MLP(config.mlp, config.d_model, groups, compiled=compiled, **shared),

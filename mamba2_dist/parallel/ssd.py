@@ -89,9 +89,7 @@ def ssd_over_segments(
     return outputs(span), lambda x, B, C: outputs(span_of(x, B, C))
 
 
-def _entering(
-    span: SSDSpan, local: LocalSegments, table: SegmentTable, group: Group, scan: StateScan
-) -> Tensor:
+def _entering(span: SSDSpan, local: LocalSegments, table: SegmentTable, group: Group, scan: StateScan) -> Tensor:
     """The states that enter the first piece of each segment of each row."""
     state, decay = _segment_elements(span, local)
     entering = state_scan(state, decay[..., None, None], table, group, scan)

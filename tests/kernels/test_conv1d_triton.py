@@ -9,7 +9,8 @@ from mamba2_dist.kernels.conv1d import causal_conv1d, causal_conv1d_reference, c
 from ..tolerances import KERNELS, assert_close
 
 launcher, operators, ops = (
-    pytest.importorskip(f"mamba2_dist.kernels.{name}") for name in ("common.launcher", "common.operators", "conv1d.gpu.ops")
+    pytest.importorskip(f"mamba2_dist.kernels.{name}")
+    for name in ("common.launcher", "common.operators", "conv1d.gpu.ops")
 )
 
 PLACES = [
@@ -61,7 +62,9 @@ def on_triton(*tensors, **options):
 
 def check(tensors, **options):
     wide = [None if tensor is None else tensor.double().cpu() for tensor in tensors]
-    expected = outcome(lambda *a, **k: causal_conv1d(*a, return_final_state=True, backend="torch", **k), wide, **options)
+    expected = outcome(
+        lambda *a, **k: causal_conv1d(*a, return_final_state=True, backend="torch", **k), wide, **options
+    )
     for name, result in outcome(on_triton, tensors, **options).items():
         assert_close(result, expected[name], KERNELS[result.dtype], name)
 
@@ -132,7 +135,11 @@ def test_operator(place):
     x, weight, bias, state = (tensor.requires_grad_() for tensor in draw(place, 1, 20, 8, 4, 1))
     arguments = (x, weight, bias, state, None, None, None, [4, 2], 1, True)
     x, weight, bias, state = x[..., :8], weight[:6], bias[:6], state[..., :6]
-    arguments = (x.detach().requires_grad_(), *[t.detach().requires_grad_() for t in (weight, bias, state)], *arguments[4:])
+    arguments = (
+        x.detach().requires_grad_(),
+        *[t.detach().requires_grad_() for t in (weight, bias, state)],
+        *arguments[4:],
+    )
     torch.library.opcheck(
         torch.ops.mamba2_dist.causal_conv1d, arguments,
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),

@@ -35,7 +35,14 @@ from .ssd_cases import (
 
 backward, config, launcher, ops, problem, table = (
     pytest.importorskip(f"mamba2_dist.kernels.{name}")
-    for name in ("ssd.gpu.backward", "ssd.gpu.config", "common.launcher", "ssd.gpu.ops", "ssd.gpu.problem", "ssd.gpu.table")
+    for name in (
+        "ssd.gpu.backward",
+        "ssd.gpu.config",
+        "common.launcher",
+        "ssd.gpu.ops",
+        "ssd.gpu.problem",
+        "ssd.gpu.table",
+    )
 )
 
 

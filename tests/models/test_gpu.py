@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mamba2_dist import AttentionConfig, HybridConfig, HybridModel, Mamba2Config, SegmentTable
+from mamba2_dist import AttentionConfig, HybridConfig, HybridModel, Mamba2Config, Mamba2Mixer, SegmentTable
 
 from ..tolerances import MODEL, assert_close
 
@@ -45,3 +45,21 @@ def test_against_float64(layout, packed, autocast):
         for name, tensor in expected.items():
             assert_close(actual[name], tensor, bound, name)
     assert_close(*(torch.cat([g.cpu().flatten() for g in grads.values()]) for grads in (actual, expected)), bound)
+
+
+def test_recompute_gives_the_same_bits_in_less_memory():
+    table = SegmentTable.contiguous(2048, 1, documents=[[0, 700, 2048]])
+    u = torch.randn(1, 2048, 512, device="cuda", dtype=torch.bfloat16)
+    expected, memory = None, []
+    for recompute in ("none", "conv", "inner"):
+        mixer = Mamba2Mixer(Mamba2Config(), 512, recompute=recompute, device="cuda", dtype=torch.bfloat16)
+        x = u.clone().requires_grad_()
+        before = torch.cuda.memory_allocated()
+        y = mixer(x, table)
+        memory.append(torch.cuda.memory_allocated() - before)
+        results = [y.detach(), *torch.autograd.grad(y, [x, *mixer.parameters()], torch.ones_like(y))]
+        expected = results if expected is None else expected
+        assert all(map(torch.equal, results, expected))
+    inner = 2048 * 1024 * 2  # bytes of z or x or y
+    assert memory[0] - memory[1] >= inner
+    assert memory[1] - memory[2] >= 2 * inner

@@ -46,9 +46,7 @@ def _taps(weight_ptr, channel, known, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _window(
-    xs, token_stride, states, channels, known, before, state, WIDTH: tl.constexpr, HAS_STATE: tl.constexpr
-):
+def _window(xs, token_stride, states, channels, known, before, state, WIDTH: tl.constexpr, HAS_STATE: tl.constexpr):
     """The inputs before a span, oldest first: of its document, or before that of its state, else zeros."""
     window = ()
     for k in tl.static_range(WIDTH - 1):

@@ -13,6 +13,7 @@ from .backward import backward
 from .forward import entering_gradient, forward, leaving
 from .problem import make_problem
 
+
 def _contiguous(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 

@@ -1,0 +1,78 @@
+"""What is made again equals what was not kept, and costs no collective."""
+
+import shutil
+import weakref
+
+import pytest
+import torch
+
+from mamba2_dist import HybridConfig, HybridModel, Mamba2Config, Mamba2Mixer, SegmentTable
+from mamba2_dist.modules.recompute import Forgetful
+from mamba2_dist.parallel.ledger import record_collectives
+
+from ..distributed import run_ranks
+from ..splits import groups_of
+from ..tolerances import RELATIVE, assert_close
+
+
+def _outcome(groups, table, ngroups, recompute):
+    config = Mamba2Config(d_state=6, headdim=4, ngroups=ngroups, chunk_size=5)
+    mixer = Mamba2Mixer(config, 16, groups, recompute=recompute, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    u = torch.randn(2, table.seqlen, 16, dtype=torch.float64, generator=generator)
+    u = table.shard(u, groups.cp.rank).requires_grad_()
+    dy = torch.randn(u.shape, dtype=torch.float64, generator=generator)
+    with record_collectives() as ledger:
+        y = mixer(u, table)
+        leaves = [u, *mixer.parameters()]
+        first = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    again = torch.autograd.grad(y, leaves, dy)
+    return [y.detach(), *first, *again], dict(ledger.calls)
+
+
+def _compare(tp, cp, ngroups, layout):
+    groups = groups_of(tp, cp)
+    table = getattr(SegmentTable, layout)(21, cp, documents=[[0, 1, 11, 21], [0, 21]])
+    expected, calls = _outcome(groups, table, ngroups, "none")
+    for recompute in ("conv", "inner"):
+        results, others = _outcome(groups, table, ngroups, recompute)
+        assert others == calls
+        assert all(map(torch.equal, results, expected))
+
+
+@pytest.mark.parametrize(
+    ("tp", "cp", "ngroups", "layout"),
+    [(1, 1, 1, "contiguous"), (1, 2, 1, "zigzag"), (2, 1, 1, "contiguous"), (2, 2, 2, "contiguous"),
+     (1, 4, 1, "contiguous")],
+)  # fmt: skip
+def test_the_same_numbers_and_collectives(tp, cp, ngroups, layout):
+    run_ranks(tp * cp, _compare, tp, cp, ngroups, layout)
+
+
+def test_what_is_forgotten_is_freed():
+    made, a = [], torch.randn(50, requires_grad=True)
+    with Forgetful() as saved:
+        b = a.sin()
+        saved.forget([b], lambda: made.append(1) or [a.sin()])
+        c = b[:25].exp() * b[25:]
+        last = weakref.ref(b)
+    expected = torch.autograd.grad((a.sin()[:25].exp() * a.sin()[25:]).sum(), a)[0]
+    del b
+    assert last() is None
+    assert torch.equal(torch.autograd.grad(c.sum(), a)[0], expected)
+    assert len(made) == 1
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_is_the_same():
+    config = HybridConfig(pattern="-", d_model=16, vocab_size=40)
+    tokens, labels = torch.randint(0, 40, (2, 2, 9))
+    labels[0, 3] = -100
+    results = []
+    for compiled in (False, True):
+        model = HybridModel(config, compiled=compiled)
+        losses = model(tokens, labels)
+        losses.sum().backward()
+        results.append([losses, *(parameter.grad for parameter in model.parameters())])
+    for result, reference in zip(*results, strict=True):
+        assert_close(result, reference, RELATIVE[torch.float32])
