@@ -35,6 +35,7 @@ def gated_rmsnorm(
     group_size: int | None = None,
     norm_before_gate: bool = False,
     part: PartOfGroups | None = None,
+    again: Callable[[], Tensor] | None = None,
     dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -42,6 +43,8 @@ def gated_rmsnorm(
 
     x, z: (..., channels); weight: (channels,); `group_size` consecutive channels share one norm (None: all of them),
     with `part` as many of each group as are here.
+    again: gives x again, in memory that is nobody else's; x is then not kept for the backward pass, which overwrites
+    what this gives.
     dtype: of the result; None: that of x. Computed in float32 or wider.
     Raises ValueError for shapes that do not fit.
     """
@@ -50,7 +53,8 @@ def gated_rmsnorm(
     if part is not None:
         axes = "(..., channels / group_size)"
         check_shape("part.squares", part.squares, (*x.shape[:-1], x.shape[-1] // group_size), axes)
-        return _PartNorm.apply(x, weight, z, part, eps, group_size, norm_before_gate, dtype, backend)
+    if part is not None or again is not None:
+        return _NormBySteps.apply(x, weight, z, part, again, eps, group_size, norm_before_gate, dtype, backend)
     if takes_triton(backend, x):
         from .gpu import ops
 
@@ -106,48 +110,67 @@ def square_sums(
     return _squares(value, group_size)
 
 
-class _PartNorm(torch.autograd.Function):
+class _NormBySteps(torch.autograd.Function):
+    """The norm whose sums are completed elsewhere, or whose input is not kept."""
+
     @staticmethod
-    def forward(ctx, x, weight, z, part, eps, group_size, norm_before_gate, dtype, backend):
-        ctx.part, ctx.eps, ctx.group_size, ctx.norm_before_gate = part, eps, group_size, norm_before_gate
+    def forward(ctx, x, weight, z, part, again, eps, group_size, norm_before_gate, dtype, backend):
+        squares = None if part is None else part.squares
+        size = group_size if part is None else part.size
+        ctx.part, ctx.again, ctx.eps, ctx.size, ctx.options = part, again, eps, size, (group_size, norm_before_gate)
         ctx.triton = takes_triton(backend, x)
         if ctx.triton:
             from .gpu import ops
 
-            problem = ops.make_problem(x, z, weight, group_size, norm_before_gate, part.size)
-            y, scale, _ = ops.normalize(problem, eps, dtype, part.squares)
-            ctx.save_for_backward(x, weight, z, scale)
-            return y.view(x.shape)
-        ctx.save_for_backward(x, weight, z, None)
-        return _of_part(x, weight, z, part.squares, part.size, eps, group_size, norm_before_gate).to(dtype)
+            problem = ops.make_problem(x, z, weight, group_size, norm_before_gate, size)
+            y, scale, _ = ops.normalize(problem, eps, dtype, squares)
+        else:
+            if squares is None:
+                squares = square_sums(x, z, group_size=group_size, norm_before_gate=norm_before_gate, backend="torch")
+            y = _with_squares(x, weight, z, squares, size, eps, group_size, norm_before_gate).to(dtype)
+            scale = squares
+        ctx.save_for_backward(None if again else x, weight, z, scale)
+        return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight, z, scale = ctx.saved_tensors
-        part, options = ctx.part, (ctx.group_size, ctx.norm_before_gate)
-        if ctx.triton:
-            from .gpu import ops
+        if ctx.again is not None:
+            x = ctx.again()
+        complete = None if ctx.part is None else ctx.part.complete
+        if not ctx.triton:
+            return *_gradients(x, weight, z, scale, complete, dy, ctx.size, ctx.eps, *ctx.options), *[None] * 7
+        from .gpu import ops
 
-            problem = ops.make_problem(x, z, weight, *options, part.size)
-            products = part.complete(ops.product_sums(problem, dy, scale))
-            dx, dweight, dz, _ = ops.normalize_backward(problem, dy, scale, products)
-            return dx.view(x.shape), dweight, None if dz is None else dz.view(x.shape), *[None] * 6
-        with torch.enable_grad():
-            leaves = [tensor.detach().requires_grad_() for tensor in (x, weight) + (() if z is None else (z,))]
-            x, weight, z = (*leaves, None)[:3]
-            squares = part.squares.detach().requires_grad_()
-            y = _of_part(x, weight, z, squares, part.size, ctx.eps, *options)
-            *gradients, d_squares = torch.autograd.grad(y, [*leaves, squares], dy.to(y.dtype))
-            here = _squares(_gated(x, None if ctx.norm_before_gate else z), ctx.group_size)
-            through = torch.autograd.grad(
-                here, leaves, part.complete(d_squares), allow_unused=True, materialize_grads=True
-            )
-        gradients = [direct + more for direct, more in zip(gradients, through, strict=True)]
-        return *gradients, *[None] * (9 - len(gradients))
+        problem = ops.make_problem(x, z, weight, *ctx.options, ctx.size)
+        products = None if complete is None else complete(ops.product_sums(problem, dy, scale))
+        into = None if ctx.again is None else problem.x
+        dx, dweight, dz, _ = ops.normalize_backward(problem, dy, scale, products, into=into)
+        return dx.view(x.shape), dweight, None if dz is None else dz.view(x.shape), *[None] * 7
 
 
-def _of_part(x, weight, z, squares, size, eps, group_size, norm_before_gate) -> Tensor:
+def _gradients(x, weight, z, squares, complete, dy, size, eps, group_size, norm_before_gate) -> list[Tensor | None]:
+    """Of x, weight and z: where groups are elsewhere too, as if the sums of squares were given, and through these."""
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, z) if tensor is not None]
+        x, weight, z = (*leaves, None)[:3]
+        if complete is None:
+            options = {"group_size": group_size, "norm_before_gate": norm_before_gate, "dtype": dy.dtype}
+            y = gated_rmsnorm(x, weight, z, eps=eps, backend="torch", **options)
+            gradients = torch.autograd.grad(y, leaves, dy)
+        else:
+            squares = squares.detach().requires_grad_()
+            y = _with_squares(x, weight, z, squares, size, eps, group_size, norm_before_gate)
+            *direct, d_squares = torch.autograd.grad(y, [*leaves, squares], dy.to(y.dtype))
+            here = _squares(_gated(x, None if norm_before_gate else z), group_size)
+            unused = {"allow_unused": True, "materialize_grads": True}
+            through = torch.autograd.grad(here, leaves, complete(d_squares), **unused)
+            gradients = [a + b for a, b in zip(direct, through, strict=True)]
+    return [*gradients, *[None] * (3 - len(leaves))]
+
+
+def _with_squares(x, weight, z, squares, size, eps, group_size, norm_before_gate) -> Tensor:
     value = _gated(x, None if norm_before_gate else z).unflatten(-1, (-1, group_size))
     return _scaled(value, squares, size, weight, z if norm_before_gate else None, eps)
 

@@ -1,6 +1,6 @@
 """Linear layers split over tensor-parallel ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,31 +14,44 @@ from mamba2_dist.parallel.partition import Partition
 from .base import Initializer, PartitionedModule
 
 
-class _SplitLinear(torch.autograd.Function):
-    """u W^T in parts of their own memory, each freed when its reader is done; one gradient of u, one of W."""
+class _LastRows(torch.autograd.Function):
+    """u W^T of the rows of W from `first` on, and u and W for `_FirstRows`, whose part of their gradients it adds to.
+
+    One gradient of u and one of W are written, though the two products are apart in the graph.
+    """
 
     @staticmethod
-    def forward(ctx, u, weight, sizes):
+    def forward(ctx, u, weight, first):
         ctx.save_for_backward(u, weight)
-        ctx.sizes = sizes
-        return tuple(F.linear(u, rows) for rows in weight.split(sizes))
+        ctx.first = first
+        return F.linear(u, weight[first:]), u.view_as(u), weight.view_as(weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gradients):
+    def backward(ctx, dy, du, d_weight):
         u, weight = ctx.saved_tensors
-        du = d_weight = None
-        flat = [gradient.flatten(0, 1) for gradient in gradients]
-        if ctx.needs_input_grad[0]:
-            first, *others = zip(flat, weight.split(ctx.sizes), strict=True)
-            du = torch.mm(*first)
-            for gradient, rows in others:
-                du.addmm_(gradient, rows)
-            du = du.view(u.shape)
-        if ctx.needs_input_grad[1]:
-            d_weight = torch.empty_like(weight)
-            for gradient, rows in zip(flat, d_weight.split(ctx.sizes), strict=True):
-                torch.mm(gradient.T, u.flatten(0, 1), out=rows)
+        # these two are `_FirstRows`'s alone, and come to nobody else
+        du.flatten(0, 1).addmm_(dy.flatten(0, 1), weight[ctx.first :])
+        torch.mm(dy.flatten(0, 1).T, u.flatten(0, 1), out=d_weight[ctx.first :])
+        return du, d_weight, None
+
+
+class _FirstRows(torch.autograd.Function):
+    """u W^T of the rows of W before `first`."""
+
+    @staticmethod
+    def forward(ctx, u, weight, first):
+        ctx.save_for_backward(u, weight)
+        ctx.first = first
+        return F.linear(u, weight[:first])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        u, weight = ctx.saved_tensors
+        du, d_weight = torch.empty_like(u), torch.empty_like(weight)
+        torch.mm(dy.flatten(0, 1), weight[: ctx.first], out=du.view(-1, u.shape[-1]))
+        torch.mm(dy.flatten(0, 1).T, u.flatten(0, 1), out=d_weight[: ctx.first])
         return du, d_weight, None
 
 
@@ -70,14 +83,18 @@ class ColumnParallelLinear(PartitionedModule):
         (batch, seqlen/cp/tp, d_in), its shards gathered over tp."""
         return F.linear(*self._factors(u))
 
-    def split(self, u: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-        """The same in parts, (batch, seqlen/cp, size) each, that share no memory."""
+    def in_two(self, u: Tensor, first: int) -> tuple[Tensor, Callable[[], Tensor]]:
+        """The channels from `first` on, and what computes those before; each has memory of its own.
+
+        What is computed second is the first to free its gradient, as it has become part of those of u and W by then.
+        """
         u, weight = self._factors(u)
         device = u.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             u, weight = u.to(dtype), weight.to(dtype)
-        return _SplitLinear.apply(u, weight, list(sizes))
+        last, u, weight = _LastRows.apply(u, weight, first)
+        return last, lambda: _FirstRows.apply(u, weight, first)
 
     def _factors(self, u: Tensor) -> tuple[Tensor, Tensor]:
         d_in = self.weight.shape[1]

@@ -103,23 +103,23 @@ class Mamba2Mixer(PartitionedModule):
             if self.cp.size > 1:
                 raise ValueError(f"segments must be given when cp ({self.cp.size}) is above 1")
             segments = SegmentTable.contiguous(u.shape[1], 1, batch=u.shape[0])
-        z, xBCdt = self._project(u)
+        xBCdt, z = self._project(u)
         if self.recompute == "none" or not torch.is_grad_enabled():
             parts, _ = self.conv1d(xBCdt, segments)
             y, _ = self._scan(*parts, segments)
-            return self.out_proj(self.norm(y.flatten(-2), z)[0])
+            return self.out_proj(self.norm(y.flatten(-2), z())[0])
         with Forgetful() as saved:
             parts, convolve = self.conv1d(xBCdt, segments)
             saved.forget(parts[:3], convolve)
             y, scan = self._scan(*parts, segments)
-            y, forget_outputs = y.flatten(-2), self.recompute == "inner"
-            if forget_outputs:
-                inputs = [saved.again(part) for part in parts[:3]]
-                saved.forget([y], lambda: [scan(*(again() for again in inputs)).flatten(-2)])
-            normed, norm = self.norm(y, z)
-            if forget_outputs:
-                scanned = saved.again(y)
-                saved.forget([normed], lambda: [norm(scanned())])
+            y = y.flatten(-2)
+            if self.recompute == "conv":
+                return self.out_proj(self.norm(y, z())[0])
+            x, B, C = (saved.again(part) for part in parts[:3])
+            saved.forget([y], lambda: [scan(x(), B(), C()).flatten(-2)])
+            normed, norm = self.norm(y, z(), again=saved.again(y))
+            scanned = saved.again(y)
+            saved.forget([normed], lambda: [norm(scanned())])
             return self.out_proj(normed)
 
     def new_cache(self, batch: int) -> Mamba2Cache:
@@ -134,28 +134,26 @@ class Mamba2Mixer(PartitionedModule):
 
     def step(self, u: Tensor, cache: Mamba2Cache) -> Tensor:
         """One token, (batch, 1, d_model) -> the same, after those in `cache`, which is brought up to date."""
-        z, xBCdt = self._project(u)
+        xBCdt, z = self._project(u)
         xBC, dt = xBCdt.split([self.share.conv1d.length, self.share.nheads_local], dim=-1)
         xBC, cache.conv = self.conv1d.step(xBC, cache.conv)
         x, B, C = self._heads(*xBC.split([part.length for part in self.share.conv1d.parts], dim=-1))
         y, cache.ssm = mamba_chunk_scan_combined(
             x, dt, self._A(), B, C, 1, initial_states=cache.ssm, return_final_states=True, **self._scan_options()
         )
-        return self.out_proj(self.norm(y.flatten(-2), z)[0])
+        return self.out_proj(self.norm(y.flatten(-2), z())[0])
 
     def matrix(self, u: Tensor) -> Tensor:
         """The dense token-mixing matrix of every head, (batch, nheads/tp, t, s), for short whole sequences."""
         if self.cp.size > 1:
             raise ValueError(f"matrix needs whole sequences, cp must be 1, got {self.cp.size}")
-        (x, B, C, dt), _ = self.conv1d(self._project(u)[1], SegmentTable.contiguous(u.shape[1], 1, batch=u.shape[0]))
+        (x, B, C, dt), _ = self.conv1d(self._project(u)[0], SegmentTable.contiguous(u.shape[1], 1, batch=u.shape[0]))
         _, B, C = self._heads(x, B, C)
         return ssd_matrix(discretize(dt, self.dt_bias, True, self.config.dt_limit), self._A(), B, C)
 
-    def _project(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """z, and x, B, C and dt side by side."""
-        share = self.share
-        z, xBCdt = self.in_proj.split(u, [share.d_inner_local, share.conv1d.length + share.nheads_local])
-        return z, xBCdt
+    def _project(self, u: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """x, B, C and dt side by side, and what computes z, which is needed last and whose gradient comes first."""
+        return self.in_proj.in_two(u, self.share.d_inner_local)
 
     def _heads(self, x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (

@@ -57,11 +57,9 @@ def gradient_norm(model: nn.Module, groups: ParallelGroups, *, sharded: bool) ->
     by_replicas: dict[int, list[Tensor]] = {}
     for piece, replicas in _gradients(model):
         by_replicas.setdefault(replicas, []).append(piece)
-    total = torch.zeros(1)
+    total = torch.zeros(1, device=next(model.parameters()).device)
     for replicas, pieces in by_replicas.items():
         total = total + torch.stack(torch._foreach_norm(pieces)).square().sum().float() / replicas
-    if groups.tp.handle is not None or groups.data.handle is not None:
-        total = total.to(next(model.parameters()).device)
     total = sum_over(total, groups.tp)
     return (sum_over(total, groups.data) if sharded else total).sqrt()[0]
 

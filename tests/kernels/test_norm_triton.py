@@ -57,6 +57,18 @@ def test_without_gate(place, shape):
 
 
 @pytest.mark.parametrize("norm_before_gate", [False, True])
+def test_of_what_is_not_kept(place, norm_before_gate):
+    """The gradient is written over what was made again."""
+    options = {"group_size": 40, "norm_before_gate": norm_before_gate}
+    x, weight, z = draw(place, 9, 320)
+    made = x.clone()
+    expected = outcome(norm, (x, weight, z), **options)
+    results = outcome(lambda *tensors: norm(*tensors, again=lambda: made, **options), (x, weight, z))
+    assert all(map(torch.equal, results, expected))
+    assert results[1].data_ptr() == made.data_ptr()
+
+
+@pytest.mark.parametrize("norm_before_gate", [False, True])
 @pytest.mark.parametrize("gated", [True, False])
 def test_halves_of_a_group(place, norm_before_gate, gated):
     x, weight, z = draw(place, 9, 320)
@@ -113,7 +125,7 @@ class TestOnGPU:
     @pytest.mark.parametrize("group_size", [64, 1024, 1536, 5120, 8192, 10240, 16384])
     @pytest.mark.parametrize("norm_before_gate", [False, True])
     def test_the_sizes_of_a_mixer(self, group_size, norm_before_gate):
-        tensors = draw(("cuda", torch.bfloat16), 300, max(group_size, 4096), wider=16)
+        tensors = draw(("cuda", torch.bfloat16), 300, group_size * max(1, 4096 // group_size), wider=16)
         check(tensors, group_size=group_size, norm_before_gate=norm_before_gate)
 
     def test_the_same_bits_every_time(self):

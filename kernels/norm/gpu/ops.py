@@ -141,14 +141,14 @@ def square_sums(problem: Problem) -> Tensor:
 
 def normalize_backward(
     problem: Problem, dy: Tensor, scale: Tensor, products: Tensor | None = None, carried: Tensor | None = None,
-    added_dtype: torch.dtype | None = None,
+    added_dtype: torch.dtype | None = None, into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
     """dx, with `carried` added, dweight, dz and, in `added_dtype`, dx again. products: (tokens, ngroups), of whole
-    groups; None: made here."""
+    groups; None: made here. into: where dx goes, contiguous; it may be x."""
     x, z = problem.x, problem.z
     dy = as_rows(dy).contiguous()
     tiles = problem.backward_tiles(dy, carried)
-    dx = x.new_empty(x.shape)
+    dx = x.new_empty(x.shape) if into is None or not into.is_contiguous() else into
     dz = None if z is None else z.new_empty(z.shape)
     d_added = x.new_empty(0 if added_dtype is None else x.shape, dtype=added_dtype)
     shares = x.new_empty(problem.workers(tiles), x.shape[1], dtype=torch.float32)
