@@ -49,6 +49,7 @@ def benchmark(options: argparse.Namespace) -> None:
     results = origin() | {"copy_TB_per_s": None, "bf16_matmul_TFLOP_per_s": None, "rows": [], "profile": []}
     results["copy_TB_per_s"], results["bf16_matmul_TFLOP_per_s"] = ceilings()
     print("{device}: copy {copy_TB_per_s:.2f} TB/s, matmul {bf16_matmul_TFLOP_per_s:.0f} TFLOP/s".format(**results))
+    print(f"{'':77}" + "".join(f"{name:>9}" for name in ("ours", "peer", "ratio", "floor", "torch", "proj.", "over")))
     peer = None if options.no_peer else find_peer()
     rows = results["rows"]
     for measure in (measure_conv, measure_gated_norm, measure_residual_norm):
@@ -236,11 +237,8 @@ def make_row(what, case, ours, peer, peer_name, unit) -> dict:
 
 def table_row(row: dict) -> str:
     show = lambda name, form: "-" if row.get(name) is None else format(row[name], form)  # noqa: E731
-    return (
-        f"{row['what']:22} {row['case']:50} {show('ours', '.3f'):>8} {row['unit']:4} peer {show('peer', '.3f'):>8} "
-        f"ratio {show('ratio', '.2f'):>5} floor {show('floor', '.3f'):>6} torch {show('torch', '.3f'):>6} "
-        f"eager {(row.get('eager') or {}).get('ours') or 0:.3f} projections {show('projections', '.3f'):>7} over them {show('over_projections', '.3f'):>6}"
-    )
+    columns = ("ours", "peer", "ratio", "floor", "torch", "projections", "over_projections")
+    return f"{row['what']:22} {row['case']:50} {row['unit']:4}" + "".join(f"{show(name, '.3f'):>9}" for name in columns)
 
 
 def plot(results: dict) -> None:

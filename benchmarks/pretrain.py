@@ -1,7 +1,7 @@
-"""Whole models trained on one GPU on real text: tokens/s and MFU of the 1.3B examples with the profile of an update, and
-loss curves of a 20M hybrid for every `recompute`, compiled and not.
+"""Whole models trained on one GPU on real text: tokens/s and MFU of the 1.3B examples with the profile of an update,
+and loss curves of a 20M hybrid for every `recompute`, compiled and not.
 
-    python benchmarks/pretrain.py [--steps 50] [--only mamba2_1_3b hybrid_1_3b curves] [--folder FOLDER] [--keys KEY=VALUE ...]
+    python benchmarks/pretrain.py [--steps 50] [--only mamba2_1_3b hybrid_1_3b curves] [--folder FOLDER]
 
 Prints a table and writes benchmarks/results/pretrain-<device>.json, into $OUT where it is set. FOLDER holds a 16 GB
 checkpoint while a 1.3B model runs.
@@ -30,6 +30,7 @@ MODELS = ("mamba2_1_3b", "hybrid_1_3b")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--curve-steps", type=int, default=50, help="updates of each loss curve")
     parser.add_argument("--only", nargs="+", choices=[*MODELS, "curves"], default=[*MODELS, "curves"])
     parser.add_argument("--folder", help="where runs are kept while they last; a temporary one unless it is given")
     parser.add_argument("--keys", nargs="*", default=[], help="further key=value for every run")
@@ -49,10 +50,12 @@ def main() -> None:
     print(f"wrote {write(results, 'pretrain')}")
 
 
-def run(example: str, folder: Path, device: torch.device, options, *keys: str) -> tuple[Trainer, list[dict]]:
+def run(
+    example: str, steps: int, folder: Path, device: torch.device, options, *keys: str
+) -> tuple[Trainer, list[dict]]:
     """A finished run of an example, and its history."""
     out = folder / "-".join([example, *keys]).replace("=", "-")
-    fixed = [f"out={out}", f"data.cache={folder / 'data'}", f"steps={options.steps}", "sample_tokens=0"]
+    fixed = [f"out={out}", f"data.cache={folder / 'data'}", f"steps={steps}", "sample_tokens=0"]
     file = str(ROOT / "examples" / f"{example}.yaml")
     config = parse(TrainConfig, "train", [file, *fixed, *keys, *options.keys], with_file=True)
     trainer = Trainer(config, out, device)
@@ -65,7 +68,7 @@ def run(example: str, folder: Path, device: torch.device, options, *keys: str) -
 def pretrain(example: str, options, folder: Path, device: torch.device) -> tuple[dict, list[dict]]:
     """Speed over the second half of the updates, memory, and where the time of one goes."""
     torch.cuda.reset_peak_memory_stats()
-    trainer, history = run(example, folder, device, options)
+    trainer, history = run(example, options.steps, folder, device, options)
     updates = [row for row in history if "loss" in row]
     late = updates[len(updates) // 2 :]
     row = {
@@ -86,8 +89,13 @@ def compare_curves(options, folder: Path, device: torch.device) -> list[dict]:
     """Losses of the 20M hybrid beside those of the run that recomputes and compiles nothing."""
     rows: list[dict] = []
     for compiled, recompute in itertools.product(("false", "true"), ("none", "conv", "inner")):
-        keys = [f"recompute={recompute}", f"compile={compiled}", "save_every=1000", f"validate_every={options.steps}"]
-        trainer, history = run("hybrid_20m", folder, device, options, *keys)
+        keys = [
+            f"recompute={recompute}",
+            f"compile={compiled}",
+            "save_every=1000",
+            f"validate_every={options.curve_steps}",
+        ]
+        _, history = run("hybrid_20m", options.curve_steps, folder, device, options, *keys)
         losses = [row["loss"] for row in history if "loss" in row]
         first = rows[0]["losses"] if rows else losses
         rows.append({

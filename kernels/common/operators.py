@@ -1,4 +1,4 @@
-"""Functions on tensors as PyTorch operators: shapes for tracing, gradients, and nothing a compiler cannot see through."""
+"""Functions on tensors as PyTorch operators: shapes for tracing, gradients, nothing that a compiler cannot follow."""
 
 from collections.abc import Callable
 from typing import Any

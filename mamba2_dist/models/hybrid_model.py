@@ -61,8 +61,8 @@ class HybridModel(nn.Module):
     """A language model of Mamba-2, attention and MLP layers, split over `groups`.
 
     parallel: how it is split; its sizes must be those of `groups`. recompute: what Mamba-2 layers make again in the
-    backward pass; see `Mamba2Mixer`. compiled: activations of MLPs and the loss by torch.compile. seed: parameters are drawn from it, the same model
-    whatever the split. Raises ValueError when the model does not fit the split.
+    backward pass; see `Mamba2Mixer`. compiled: activations of MLPs and the loss by torch.compile. seed: parameters are
+    drawn from it, the same model whatever the split. Raises ValueError when the model does not fit the split.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ from mamba2_dist.parallel.partition import Partition, split
 
 from . import init
 from .base import PartitionedModule
+from .linear import linear
 
 
 class VocabParallelEmbedding(PartitionedModule):
@@ -51,7 +52,7 @@ class VocabParallelHead(PartitionedModule):
 def vocab_parallel_logits(u: Tensor, weight: Tensor, tp: Group, *, sequence_parallel: bool) -> Tensor:
     """u W^T with W's rows split over `tp`; with sequence_parallel u's tokens are gathered over it first."""
     u = all_gather(u, tp, dim=1) if sequence_parallel else replicate(u, tp)
-    return F.linear(u, weight)
+    return linear(u, weight)
 
 
 def gather_vocabulary(logits: Tensor, tp: Group) -> Tensor:

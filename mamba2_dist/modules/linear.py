@@ -1,6 +1,8 @@
 """Linear layers split over tensor-parallel ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,73 @@ from mamba2_dist.parallel.partition import Partition
 
 from .base import Initializer, PartitionedModule
 
+_casts: ContextVar[dict[tuple, tuple[Tensor, Tensor]] | None] = ContextVar("casts", default=None)
+
+
+@contextmanager
+def cast_once() -> Iterator[None]:
+    """Inside, a weight is cast for autocast once and not once a use; weights must not change meanwhile.
+
+    For gradient accumulation. Not where weights come and go, as with FSDP.
+    """
+    token = _casts.set({})
+    try:
+        yield
+    finally:
+        _casts.reset(token)
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in `dtype`, outside autograd."""
+    weight, kept = weight.detach(), _casts.get()
+    if weight.dtype == dtype or kept is None:
+        return weight.to(dtype)
+    key = (weight.data_ptr(), weight.shape, dtype)
+    if key not in kept:
+        kept[key] = weight, weight.to(dtype)
+    return kept[key][1]
+
+
+def _autocast_dtype(u: Tensor) -> torch.dtype:
+    """What products with `u` are computed in."""
+    device = u.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else u.dtype
+
+
+def _weight_gradient(dy: Tensor, u: Tensor, out: Tensor) -> None:
+    """dy^T u into `out`, which may be wider: nothing is rounded on the way."""
+    dy, u = dy.flatten(0, 1), u.flatten(0, 1)
+    if out.dtype == u.dtype:
+        torch.mm(dy.T, u, out=out)
+    elif u.is_cuda and out.dtype == torch.float32:
+        torch.mm(dy.T, u, out_dtype=torch.float32, out=out)
+    else:
+        out.copy_(dy.T.to(out.dtype) @ u.to(out.dtype))
+
+
+class _Linear(torch.autograd.Function):
+    """u W^T, with W also in the dtype of u; the gradient of W is in its own."""
+
+    @staticmethod
+    def forward(ctx, u, weight, cast):
+        ctx.save_for_backward(u, cast)
+        ctx.weight_dtype = weight.dtype
+        return F.linear(u, cast)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        u, weight = ctx.saved_tensors
+        d_weight = torch.empty_like(weight, dtype=ctx.weight_dtype)
+        _weight_gradient(dy, u, d_weight)
+        return dy @ weight, d_weight, None
+
+
+def linear(u: Tensor, weight: Tensor) -> Tensor:
+    """u W^T, (batch, seqlen, d_in) -> (batch, seqlen, d_out), in the dtype of autocast where that is on."""
+    u = u.to(_autocast_dtype(u))
+    return F.linear(u, weight) if u.dtype == weight.dtype else _Linear.apply(u, weight, _cast(weight, u.dtype))
+
 
 class _LastRows(torch.autograd.Function):
     """u W^T of the rows of W from `first` on, and u and W for `_FirstRows`, whose part of their gradients it adds to.
@@ -21,10 +90,10 @@ class _LastRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, u, weight, first):
-        ctx.save_for_backward(u, weight)
+    def forward(ctx, u, weight, cast, first):
+        ctx.save_for_backward(u, cast)
         ctx.first = first
-        return F.linear(u, weight[first:]), u.view_as(u), weight.view_as(weight)
+        return F.linear(u, cast[first:]), u.view_as(u), weight.view_as(weight)
 
     @staticmethod
     @once_differentiable
@@ -32,27 +101,27 @@ class _LastRows(torch.autograd.Function):
         u, weight = ctx.saved_tensors
         # these two are `_FirstRows`'s alone, and come to nobody else
         du.flatten(0, 1).addmm_(dy.flatten(0, 1), weight[ctx.first :])
-        torch.mm(dy.flatten(0, 1).T, u.flatten(0, 1), out=d_weight[ctx.first :])
-        return du, d_weight, None
+        _weight_gradient(dy, u, d_weight[ctx.first :])
+        return du, d_weight, None, None
 
 
 class _FirstRows(torch.autograd.Function):
     """u W^T of the rows of W before `first`."""
 
     @staticmethod
-    def forward(ctx, u, weight, first):
-        ctx.save_for_backward(u, weight)
-        ctx.first = first
-        return F.linear(u, weight[:first])
+    def forward(ctx, u, weight, cast, first):
+        ctx.save_for_backward(u, cast)
+        ctx.first, ctx.weight_dtype = first, weight.dtype
+        return F.linear(u, cast[:first])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         u, weight = ctx.saved_tensors
-        du, d_weight = torch.empty_like(u), torch.empty_like(weight)
+        du, d_weight = torch.empty_like(u), torch.empty_like(weight, dtype=ctx.weight_dtype)
         torch.mm(dy.flatten(0, 1), weight[: ctx.first], out=du.view(-1, u.shape[-1]))
-        torch.mm(dy.flatten(0, 1).T, u.flatten(0, 1), out=d_weight[: ctx.first])
-        return du, d_weight, None
+        _weight_gradient(dy, u, d_weight[: ctx.first])
+        return du, d_weight, None, None
 
 
 class ColumnParallelLinear(PartitionedModule):
@@ -81,7 +150,7 @@ class ColumnParallelLinear(PartitionedModule):
     def forward(self, u: Tensor) -> Tensor:
         """(batch, seqlen/cp, d_in) -> (batch, seqlen/cp, d_out/tp); with sequence_parallel the input is
         (batch, seqlen/cp/tp, d_in), its shards gathered over tp."""
-        return F.linear(*self._factors(u))
+        return linear(*self._factors(u))
 
     def in_two(self, u: Tensor, first: int) -> tuple[Tensor, Callable[[], Tensor]]:
         """The channels from `first` on, and what computes those before; each has memory of its own.
@@ -89,12 +158,10 @@ class ColumnParallelLinear(PartitionedModule):
         What is computed second is the first to free its gradient, as it has become part of those of u and W by then.
         """
         u, weight = self._factors(u)
-        device = u.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            u, weight = u.to(dtype), weight.to(dtype)
-        last, u, weight = _LastRows.apply(u, weight, first)
-        return last, lambda: _FirstRows.apply(u, weight, first)
+        u = u.to(_autocast_dtype(u))
+        cast = _cast(weight, u.dtype)
+        last, u, weight = _LastRows.apply(u, weight, cast, first)
+        return last, lambda: _FirstRows.apply(u, weight, cast, first)
 
     def _factors(self, u: Tensor) -> tuple[Tensor, Tensor]:
         d_in = self.weight.shape[1]
@@ -126,5 +193,5 @@ class RowParallelLinear(PartitionedModule):
     def forward(self, u: Tensor) -> Tensor:
         """(batch, seqlen/cp, d_in/tp) -> (batch, seqlen/cp, d_out); with sequence_parallel the result is
         (batch, seqlen/cp/tp, d_out)."""
-        partial = F.linear(u, self.weight)
+        partial = linear(u, self.weight)
         return reduce_scatter(partial, self.tp, dim=1) if self.sequence_parallel else reduce(partial, self.tp)

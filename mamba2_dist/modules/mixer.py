@@ -38,8 +38,8 @@ class Mamba2Mixer(PartitionedModule):
     Communicates one all-reduce over tp (with sequence_parallel one all-gather and one reduce-scatter), one of squared
     sums where a norm group spans ranks, and over cp one halo and one state exchange.
 
-    recompute: what the backward pass makes again rather than keeping it: nothing, the convolution's results ("conv"), or
-        all between in_proj and out_proj ("inner"). The numbers are the same, and nothing is communicated twice.
+    recompute: what the backward pass makes again rather than keeping it: nothing, the convolution's results ("conv"),
+        or all between in_proj and out_proj ("inner"). The numbers are the same, and nothing is communicated twice.
     residual_layers: layers that add to the residual stream, for the scale of out_proj.
     seed: parameters are drawn from it, the same for any split; None: left for `initialize`.
     Raises ValueError when heads or groups do not fit tp.

@@ -1,7 +1,7 @@
 """Tensors that the backward pass makes again instead of keeping them.
 
-Autograd keeps what it saves for the backward pass; here it keeps recipes. A recipe calls local operators on tensors that
-are kept, and never communicates: what came from other ranks is among those that are kept.
+Autograd keeps what it saves for the backward pass; here it keeps recipes. A recipe calls local operators on tensors
+that are kept, and never communicates: what came from other ranks is among those that are kept.
 """
 
 from collections.abc import Callable, Sequence

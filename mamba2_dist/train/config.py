@@ -100,8 +100,8 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16": matrix products in bfloat16, parameters, states and sums in float32."""
     recompute: Literal["none", "conv", "inner"] = "none"
-    """What Mamba-2 layers make again in the backward pass rather than keep: nothing, the convolution's results ("conv"),
-    or all between their projections ("inner", the least memory)."""
+    """What Mamba-2 layers make again in the backward pass rather than keep: nothing, the convolution's results
+    ("conv"), or all between their projections ("inner", the least memory)."""
     compile: bool = False
     """Run the activations of MLPs and the loss through torch.compile; Mamba-2 layers have kernels of their own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mamba2_dist.kernels.common.transfer import to_device
 from mamba2_dist.models.hybrid_model import HybridModel, check_split
+from mamba2_dist.modules.linear import cast_once
 from mamba2_dist.parallel.collectives import sum_over
 from mamba2_dist.parallel.groups import ParallelGroups
 from mamba2_dist.parallel.segments import SegmentTable
@@ -67,6 +68,15 @@ def _identity(config: TrainConfig, corpus: data.Corpus) -> dict:
     }
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What one update reads on this rank: tokens, labels and the cut of each micro-batch, and how many labels of its dp
+    rank count."""
+
+    micro_batches: list[tuple[Tensor, Tensor, SegmentTable]]
+    counted: int
+
+
 class Trainer:
     """The parts of a run on this process."""
 
@@ -88,6 +98,7 @@ class Trainer:
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep, device)
         self.identity = _identity(config, self.corpus)
         self.progress = self.checkpoints.load(self.model, self.optimizer, self.identity)
+        self.upcoming: Batch | None = None
         self.report = Report(config, folder, speaks=self.first)
 
     def run(self) -> None:
@@ -167,20 +178,20 @@ class Trainer:
         """One optimizer step on the next global batch; the numbers of the step."""
         started, config = time.perf_counter(), self.config
         step = self.progress.step
-        windows = self._training_windows()
-        counted = torch.tensor([sum(int((window.labels >= 0).sum()) for window in windows)], device=self.device)
-        counted = sum_over(counted, self.groups.dp)
+        batch, self.upcoming = self.upcoming or self._batch(self.progress.samples), None
+        counted = sum_over(torch.tensor([batch.counted], device=self.device), self.groups.dp)
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
-        documents: list = []
-        for begin in range(0, self.share, self.micro):
-            last = begin + self.micro == self.share
-            batch = self._local(windows[begin : begin + self.micro])
-            documents += batch[2].documents
-            with self._gradient_sync(last):
-                losses = self._losses(*batch)
-                # the data group averages gradients where their sum is meant
-                (losses.sum() * (self.groups.data.size / counted[0])).backward()
-            total += losses.detach().sum()
+        # under FSDP weights come and go between uses
+        with nullcontext() if self.sharded else cast_once():
+            for index, micro_batch in enumerate(batch.micro_batches):
+                with self._gradient_sync(index + 1 == len(batch.micro_batches)):
+                    losses = self._losses(*micro_batch)
+                    # the data group averages gradients where their sum is meant
+                    (losses.sum() * (self.groups.data.size / counted[0])).backward()
+                total += losses.detach().sum()
+        if step + 1 < config.steps:
+            # made while the device is at work
+            self.upcoming = self._batch(self.progress.samples + config.global_batch)
         norm = gradient_norm(self.model, self.groups, sharded=self.sharded)
         if not math.isfinite(norm):
             raise ValueError(
@@ -195,12 +206,21 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss = (sum_over(total, self.groups.data) / counted).item()
         self.progress = Progress(step + 1, self.progress.samples + config.global_batch)
-        return {"step": step + 1, "loss": loss, "norm": norm.item(), "lr": lr, **self._speed(started, documents)}
+        return {"step": step + 1, "loss": loss, "norm": norm.item(), "lr": lr, **self._speed(started, batch)}
 
-    def _training_windows(self) -> list[data.Window]:
-        """This dp rank's windows of the next global batch."""
-        first = self.progress.samples + self.groups.dp.rank * self.share
+    def _training_windows(self, samples: int) -> list[data.Window]:
+        """This dp rank's windows of the global batch after `samples` windows."""
+        first = samples + self.groups.dp.rank * self.share
         return [self.corpus.train.ordered(first + i, self.config.seed) for i in range(self.share)]
+
+    def _batch(self, samples: int) -> "Batch":
+        """This rank's part of the global batch after `samples` windows."""
+        windows = self._training_windows(samples)
+        begins = range(0, self.share, self.micro)
+        return Batch(
+            [self._local(windows[begin : begin + self.micro]) for begin in begins],
+            sum(int((window.labels >= 0).sum()) for window in windows),
+        )
 
     def _local(self, windows: list[data.Window]) -> tuple[Tensor, Tensor, SegmentTable]:
         """This rank's tokens and labels of whole windows, and the table of their cut."""
@@ -225,7 +245,7 @@ class Trainer:
             cast(FSDPModule, self.model).set_requires_gradient_sync(now)
         yield
 
-    def _speed(self, started: float, documents: list) -> dict:
+    def _speed(self, started: float, batch: "Batch") -> dict:
         """Tokens per second of the whole run and, where the device's peak is known, the share of it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -236,6 +256,7 @@ class Trainer:
         if peak is not None:
             model = self.config.architecture
             # this replica's documents stand for all; backward costs twice forward
+            documents = [row for _, _, table in batch.micro_batches for row in table.documents]
             share = attention_flops(model, documents) * self.groups.dp.size
             work = 3 * (tokens * flops_per_token(model) + share)
             speed["mfu"] = work / seconds / (peak * dist.get_world_size())

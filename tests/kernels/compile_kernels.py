@@ -89,13 +89,13 @@ def others(dtype):
         launch = config.Launch(how.warps, how.stages)
         yield name, kernel, launch, flags | {"BLOCK": how.channels, "UNROLL": how.unroll, "STAGES": how.stages}
     for group_size, gated in ((5120, True), (1024, True), (2560, False)):
-        for backward in (False, True):
-            tiles = norm_ops.tiles_for(group_size, 3 * dtype.itemsize if backward else 0)
+        for reverse in (False, True):
+            tiles = norm_ops.tiles_for(group_size, 3 * dtype.itemsize if reverse else 0)
             constants = {"ROWS": tiles.rows, "BLOCK": tiles.block, "TILES": tiles.count, "STAGES": tiles.stages,
                          "HAS_Z": gated, "BEFORE": False, "HAS_ADDED": not gated}  # fmt: skip
-            how = {"HAS_CARRIED": not gated, "PRODUCTS": "here"} if backward else {"SQUARES": "here"}
-            kernel = norm.norm_backward_kernel if backward else norm.norm_kernel
-            name = f"norm{'_backward' * backward}_{group_size}"
+            how = {"HAS_CARRIED": not gated, "PRODUCTS": "here"} if reverse else {"SQUARES": "here"}
+            kernel = norm.norm_backward_kernel if reverse else norm.norm_kernel
+            name = f"norm{'_backward' * reverse}_{group_size}"
             yield name, kernel, config.Launch(tiles.warps, tiles.stages), constants | how
 
 

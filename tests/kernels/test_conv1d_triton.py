@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mamba2_dist.kernels.conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_split
+from mamba2_dist.kernels.conv1d import causal_conv1d, causal_conv1d_split
 
 from ..tolerances import KERNELS, assert_close
 

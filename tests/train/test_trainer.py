@@ -24,7 +24,7 @@ def _train(folder: Path, options: dict) -> dict:
     config = small_run(folder, **options)
     trainer = Trainer(config, Path(config.out), torch.device("cpu"))
     first = trainer.progress.step
-    batch = [window.tokens.tolist() for window in trainer._training_windows()]
+    batch = [window.tokens.tolist() for window in trainer._training_windows(trainer.progress.samples)]
     every = [None] * dist.get_world_size()
     dist.all_gather_object(every, batch)
     trainer.run()

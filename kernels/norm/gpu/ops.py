@@ -19,8 +19,8 @@ SHARED = 96 * 1024  # bytes of a program that every GPU has
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tokens and channels of a tile, tiles of a group, warps of a program, stages of its software pipeline, and programs
-    of a processor."""
+    """Tokens and channels of a tile, tiles of a group, warps of a program, stages of its software pipeline, and
+    programs of a processor."""
 
     rows: int
     block: int
@@ -31,8 +31,8 @@ class Tiles:
 
 
 def tiles_for(group_size: int, ahead: int = 0) -> Tiles:
-    """Tiles that cover a group with few idle lanes. ahead: bytes of a channel in the backward pass, where a program of 8
-    warps takes a processor's registers and therefore reads ahead; 0 in the forward pass, where programs are many.
+    """Tiles that cover a group with few idle lanes. ahead: bytes of a channel in the backward pass, where a program of
+    8 warps takes a processor's registers and therefore reads ahead; 0 in the forward pass, where programs are many.
 
     Measured on an H100 at 2560 and 5120 channels (docs/kernels.md).
     """
@@ -80,7 +80,8 @@ class Problem:
             "grid": (self.workers(tiles) * self.ngroups,), "ntokens": len(self.x), "x_stride": self.x.stride(0),
             "z_stride": 0 if self.z is None else self.z.stride(0), "group_size": self.group_size,
             "ngroups": self.ngroups, "per_channel": 1 / self.count, "ROWS": tiles.rows, "BLOCK": tiles.block,
-            "TILES": tiles.count, "STAGES": tiles.stages, "HAS_Z": self.z is not None, "BEFORE": self.before, "num_warps": tiles.warps,
+            "TILES": tiles.count, "STAGES": tiles.stages, "HAS_Z": self.z is not None, "BEFORE": self.before,
+            "num_warps": tiles.warps,
         }  # fmt: skip
 
     @property
@@ -118,8 +119,8 @@ def normalize(
             **problem.describe(tiles), eps=eps, added_stride=0 if added is None else added.stride(0),
             HAS_ADDED=added is not None, SQUARES="here" if squares is None else "given",
         ),
-        x_ptr=x, z_ptr=x if z is None else z, weight_ptr=problem.weight, y_ptr=y, added_ptr=x if added is None else added,
-        sum_ptr=total, squares_ptr=scale if squares is None else squares, scale_ptr=scale,
+        x_ptr=x, z_ptr=x if z is None else z, weight_ptr=problem.weight, y_ptr=y,
+        added_ptr=x if added is None else added, sum_ptr=total, squares_ptr=scale if squares is None else squares, scale_ptr=scale,
     )  # fmt: skip
     return y, scale, total
 
@@ -153,7 +154,8 @@ def normalize_backward(
     d_added = x.new_empty(0 if added_dtype is None else x.shape, dtype=added_dtype)
     shares = x.new_empty(problem.workers(tiles), x.shape[1], dtype=torch.float32)
     launch(
-        norm_backward_kernel, (problem.variant, dy.dtype, products is None, None if carried is None else carried.dtype, added_dtype),
+        norm_backward_kernel,
+        (problem.variant, dy.dtype, products is None, None if carried is None else carried.dtype, added_dtype),
         lambda: dict(
             **problem.describe(tiles), HAS_CARRIED=carried is not None, HAS_ADDED=added_dtype is not None,
             PRODUCTS="here" if products is None else "given",
