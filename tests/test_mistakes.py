@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 import yaml
-from mamba2_dist.kernels.conv1d import causal_conv1d
-from mamba2_dist.kernels.norm import gated_rmsnorm
+from mamba2_dist.kernels.conv1d import causal_conv1d, causal_conv1d_split
+from mamba2_dist.kernels.norm import add_rmsnorm, gated_rmsnorm
 from mamba2_dist.kernels.ssd import mamba_chunk_scan_combined
 from tokenizers import Tokenizer, models
 
@@ -196,6 +196,10 @@ CALLS = [
     (lambda: _scan(backend="cuda"), "backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
     (lambda: causal_conv1d(torch.zeros(2, 6, 4), torch.zeros(3, 4)), "weight must have shape"),
     (lambda: causal_conv1d(torch.zeros(2, 6, 4), torch.zeros(4, 4), torch.zeros(3)), "bias must have shape"),
+    (lambda: causal_conv1d_split(torch.zeros(1, 6, 4), torch.zeros(5, 4), None, [3, 2]), "together at most those of x"),
+    (lambda: gated_rmsnorm(torch.zeros(2, 6), torch.zeros(6, device="meta"), eps=1e-5), "on the device of x"),
+    (lambda: add_rmsnorm(torch.zeros(2, 6), torch.zeros(3, 6), torch.zeros(6), eps=1e-5), "added must have shape"),
+    (lambda: Mamba2Mixer(Mamba2Config(), 64, recompute="all"), "recompute must be one of 'none', 'conv', 'inner'"),
     (lambda: causal_conv1d(torch.zeros(2, 6, 4), torch.zeros(4, 4), activation="relu"), "activation must be one of"),
     (lambda: causal_conv1d(torch.zeros(2, 6, 4), torch.zeros(4, 4), cu_seqlens=[0, 12]), "flatten the batch first"),
     (lambda: gated_rmsnorm(torch.zeros(2, 6), torch.ones(6), eps=1e-5, group_size=4), "divisible by group_size"),

@@ -64,8 +64,8 @@ def causal_conv1d_split(
 def _convolve(
     x, weight, bias, sizes, initial_state, seq_idx, cu_seqlens, activation, return_final_state, backend
 ) -> tuple[list[Tensor], Tensor | None]:
+    _check(x, weight, bias, sizes, initial_state, seq_idx, cu_seqlens, activation)
     channels = sum(sizes)
-    _check(x, weight, bias, channels, seq_idx, cu_seqlens, activation)
     batch, seqlen, _ = x.shape
     triton = takes_triton(backend, x)
     if cu_seqlens is not None:
@@ -113,11 +113,17 @@ def _convolve_in_torch(x, weight, bias, initial_state, documents, activation) ->
     return y.to(x.dtype).view(x.shape), final.to(x.dtype)
 
 
-def _check(x, weight, bias, channels, seq_idx, cu_seqlens, activation) -> None:
+def _check(x, weight, bias, sizes, initial_state, seq_idx, cu_seqlens, activation) -> None:
     check_ndim("x", x, "(batch, seqlen, channels)")
+    channels = sum(sizes)
+    if not 1 <= len(sizes) <= 3 or min(sizes) < 0 or channels > x.shape[-1]:
+        raise ValueError(
+            f"sizes must be one to three numbers of channels, together at most those of x ({x.shape[-1]}), "
+            f"got {list(sizes)}"
+        )
     check_ndim("weight", weight, "(channels, width)")
     check_shape("weight", weight, (channels, weight.shape[1]), "(channels, width)")
-    for name, tensor in {"weight": weight, "bias": bias}.items():
+    for name, tensor in {"weight": weight, "bias": bias, "initial_state": initial_state}.items():
         if tensor is not None:
             check_device(name, tensor, x.device)
     if bias is not None:

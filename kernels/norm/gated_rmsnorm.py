@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common.backend import Backend, takes_triton
-from ..common.checks import check_divisible, check_shape
+from ..common.checks import check_device, check_divisible, check_shape
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def gated_rmsnorm(
     group_size: int | None = None,
     norm_before_gate: bool = False,
     part: PartOfGroups | None = None,
-    again: Callable[[], Tensor] | None = None,
+    overwrite_x: bool = False,
     dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -43,8 +43,8 @@ def gated_rmsnorm(
 
     x, z: (..., channels); weight: (channels,); `group_size` consecutive channels share one norm (None: all of them),
     with `part` as many of each group as are here.
-    again: gives x again, in memory that is nobody else's; x is then not kept for the backward pass, which overwrites
-    what this gives.
+    overwrite_x: the backward pass may write over the x that autograd gives it. For callers whose saved-tensor hooks
+    give one that is nobody else's.
     dtype: of the result; None: that of x. Computed in float32 or wider.
     Raises ValueError for shapes that do not fit.
     """
@@ -53,8 +53,9 @@ def gated_rmsnorm(
     if part is not None:
         axes = "(..., channels / group_size)"
         check_shape("part.squares", part.squares, (*x.shape[:-1], x.shape[-1] // group_size), axes)
-    if part is not None or again is not None:
-        return _NormBySteps.apply(x, weight, z, part, again, eps, group_size, norm_before_gate, dtype, backend)
+        check_device("part.squares", part.squares, x.device)
+    if part is not None or overwrite_x:
+        return _NormBySteps.apply(x, weight, z, part, overwrite_x, eps, group_size, norm_before_gate, dtype, backend)
     if takes_triton(backend, x):
         from .gpu import ops
 
@@ -79,6 +80,7 @@ def add_rmsnorm(
     """
     _check(x, weight, None, None)
     check_shape("added", added, x.shape, "(..., channels)")
+    check_device("added", added, x.device)
     dtype = dtype or x.dtype
     if takes_triton(backend, x):
         from .gpu import ops
@@ -105,19 +107,22 @@ def square_sums(
     if takes_triton(backend, x):
         from .gpu import ops
 
-        return ops.square_sums(ops.make_problem(x, z, x, group_size, norm_before_gate)).view(*x.shape[:-1], -1)
+        return ops.square_sums(ops.make_problem(x, z, x, group_size, norm_before_gate)).view(
+            *x.shape[:-1], x.shape[-1] // group_size
+        )
     value = _gated(x.detach(), None if norm_before_gate or z is None else z.detach())
     return _squares(value, group_size)
 
 
 class _NormBySteps(torch.autograd.Function):
-    """The norm whose sums are completed elsewhere, or whose input is not kept."""
+    """The norm whose sums are completed elsewhere, or whose input may be overwritten."""
 
     @staticmethod
-    def forward(ctx, x, weight, z, part, again, eps, group_size, norm_before_gate, dtype, backend):
+    def forward(ctx, x, weight, z, part, overwrite_x, eps, group_size, norm_before_gate, dtype, backend):
         squares = None if part is None else part.squares
         size = group_size if part is None else part.size
-        ctx.part, ctx.again, ctx.eps, ctx.size, ctx.options = part, again, eps, size, (group_size, norm_before_gate)
+        ctx.complete = None if part is None else part.complete
+        ctx.overwrite_x, ctx.eps, ctx.size, ctx.options = overwrite_x, eps, size, (group_size, norm_before_gate)
         ctx.triton = takes_triton(backend, x)
         if ctx.triton:
             from .gpu import ops
@@ -129,23 +134,21 @@ class _NormBySteps(torch.autograd.Function):
                 squares = square_sums(x, z, group_size=group_size, norm_before_gate=norm_before_gate, backend="torch")
             y = _with_squares(x, weight, z, squares, size, eps, group_size, norm_before_gate).to(dtype)
             scale = squares
-        ctx.save_for_backward(None if again else x, weight, z, scale)
+        ctx.save_for_backward(x, weight, z, scale)
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight, z, scale = ctx.saved_tensors
-        if ctx.again is not None:
-            x = ctx.again()
-        complete = None if ctx.part is None else ctx.part.complete
+        complete = ctx.complete
         if not ctx.triton:
             return *_gradients(x, weight, z, scale, complete, dy, ctx.size, ctx.eps, *ctx.options), *[None] * 7
         from .gpu import ops
 
         problem = ops.make_problem(x, z, weight, *ctx.options, ctx.size)
         products = None if complete is None else complete(ops.product_sums(problem, dy, scale))
-        into = None if ctx.again is None else problem.x
+        into = problem.x if ctx.overwrite_x else None
         dx, dweight, dz, _ = ops.normalize_backward(problem, dy, scale, products, into=into)
         return dx.view(x.shape), dweight, None if dz is None else dz.view(x.shape), *[None] * 7
 
@@ -195,6 +198,8 @@ def _check(x: Tensor, weight: Tensor | None, z: Tensor | None, group_size: int |
     check_divisible("channels", channels, "group_size", group_size)
     if weight is not None:
         check_shape("weight", weight, (channels,), "(channels,)")
+        check_device("weight", weight, x.device)
     if z is not None:
         check_shape("z", z, x.shape, "(..., channels)")
+        check_device("z", z, x.device)
     return group_size

@@ -36,21 +36,23 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     weight, kept = weight.detach(), _casts.get()
     if weight.dtype == dtype or kept is None:
         return weight.to(dtype)
-    key = (weight.data_ptr(), weight.shape, dtype)
+    key = (weight.data_ptr(), weight.shape, weight._version, dtype)
     if key not in kept:
-        kept[key] = weight, weight.to(dtype)
+        with torch.inference_mode(False):  # or training could not use it
+            kept[key] = weight, weight.to(dtype)
     return kept[key][1]
 
 
 def _autocast_dtype(u: Tensor) -> torch.dtype:
     """What products with `u` are computed in."""
     device = u.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else u.dtype
+    cast = torch.is_autocast_enabled(device) and u.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else u.dtype
 
 
 def _weight_gradient(dy: Tensor, u: Tensor, out: Tensor) -> None:
     """dy^T u into `out`, which may be wider: nothing is rounded on the way."""
-    dy, u = dy.flatten(0, 1), u.flatten(0, 1)
+    dy, u = dy.flatten(0, -2), u.flatten(0, -2)
     if out.dtype == u.dtype:
         torch.mm(dy.T, u, out=out)
     elif u.is_cuda and out.dtype == torch.float32:
@@ -72,9 +74,13 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         u, weight = ctx.saved_tensors
-        d_weight = torch.empty_like(weight, dtype=ctx.weight_dtype)
-        _weight_gradient(dy, u, d_weight)
-        return dy @ weight, d_weight, None
+        du = d_weight = None
+        if ctx.needs_input_grad[0]:
+            du = dy @ weight
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.empty_like(weight, dtype=ctx.weight_dtype)
+            _weight_gradient(dy, u, d_weight)
+        return du, d_weight, None
 
 
 def linear(u: Tensor, weight: Tensor) -> Tensor:
@@ -100,8 +106,10 @@ class _LastRows(torch.autograd.Function):
     def backward(ctx, dy, du, d_weight):
         u, weight = ctx.saved_tensors
         # these two are `_FirstRows`'s alone, and come to nobody else
-        du.flatten(0, 1).addmm_(dy.flatten(0, 1), weight[ctx.first :])
-        _weight_gradient(dy, u, d_weight[ctx.first :])
+        if ctx.needs_input_grad[0]:
+            du.view(-1, u.shape[-1]).addmm_(dy.flatten(0, 1), weight[ctx.first :])
+        if ctx.needs_input_grad[1]:
+            _weight_gradient(dy, u, d_weight[ctx.first :])
         return du, d_weight, None, None
 
 
@@ -118,9 +126,12 @@ class _FirstRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         u, weight = ctx.saved_tensors
-        du, d_weight = torch.empty_like(u), torch.empty_like(weight, dtype=ctx.weight_dtype)
-        torch.mm(dy.flatten(0, 1), weight[: ctx.first], out=du.view(-1, u.shape[-1]))
-        _weight_gradient(dy, u, d_weight[: ctx.first])
+        du = d_weight = None
+        if ctx.needs_input_grad[0]:
+            du = (dy.flatten(0, 1) @ weight[: ctx.first]).view(u.shape)
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.empty_like(weight, dtype=ctx.weight_dtype)
+            _weight_gradient(dy, u, d_weight[: ctx.first])
         return du, d_weight, None, None
 
 

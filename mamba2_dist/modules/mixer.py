@@ -116,8 +116,8 @@ class Mamba2Mixer(PartitionedModule):
             if self.recompute == "conv":
                 return self.out_proj(self.norm(y, z())[0])
             x, B, C = (saved.again(part) for part in parts[:3])
-            saved.forget([y], lambda: [scan(x(), B(), C()).flatten(-2)])
-            normed, norm = self.norm(y, z(), again=saved.again(y))
+            saved.forget([y], lambda: [scan(x(), B(), C()).flatten(-2)], overwritten=True)
+            normed, norm = self.norm(y, z(), overwrite_x=True)
             scanned = saved.again(y)
             saved.forget([normed], lambda: [norm(scanned())])
             return self.out_proj(normed)

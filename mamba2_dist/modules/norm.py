@@ -51,14 +51,12 @@ class GatedRMSNorm(PartitionedModule):
         self.group_size, self.norm_before_gate = group_size, norm_before_gate
         self.add_parameter("weight", partition, init.ones, **factory)
 
-    def forward(
-        self, x: Tensor, z: Tensor, again: Callable[[], Tensor] | None = None
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def forward(self, x: Tensor, z: Tensor, *, overwrite_x: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """x, z: (batch, seqlen/cp, d_inner/tp) -> the same; and what gives that of x again without communicating.
 
-        again: as in `gated_rmsnorm`.
+        overwrite_x: as in `gated_rmsnorm`.
         """
         return gated_rmsnorm_over_ranks(
             x, self.weight, z, self.group,
-            eps=self.eps, group_size=self.group_size, norm_before_gate=self.norm_before_gate, again=again,
+            eps=self.eps, group_size=self.group_size, norm_before_gate=self.norm_before_gate, overwrite_x=overwrite_x,
         )  # fmt: skip

@@ -5,7 +5,6 @@ that are kept, and never communicates: what came from other ranks is among those
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,47 +14,49 @@ Recompute = Literal["none", "conv", "inner"]
 
 
 class _Recipe:
-    """Makes its tensors at the first call of a backward pass and lets go of them at the last."""
+    """Makes its tensors at the first call of a backward pass and lets go of them at the last, or as one is overwritten.
 
-    def __init__(self, make: Callable[[], Sequence[Tensor]]):
-        self.make, self.readers, self.left = make, 0, 0
+    overwritten: whether autograd's functions may write over what they get.
+    """
+
+    def __init__(self, make: Callable[[], Sequence[Tensor]], overwritten: bool):
+        self.make, self.overwritten, self.readers, self.left = make, overwritten, 0, 0
         self.made: Sequence[Tensor] = ()
 
-    def take(self, index: int) -> Tensor:
+    def take(self, index: int, may_write: bool) -> Tensor:
         if not self.made:
             with torch.no_grad():
                 self.made, self.left = self.make(), self.readers
         tensor = self.made[index]
         self.left -= 1
-        if self.left == 0:
+        if self.left == 0 or (may_write and self.overwritten):
             self.made = ()
         return tensor
 
 
 class Again:
-    """Stands for a tensor, or a view of it, that will be made again; every one made must be called once a pass."""
+    """Stands for a tensor, or a view of it, that will be made again.
 
-    def __init__(self, recipe: _Recipe, index: int, like: Tensor):
-        self.recipe, self.index = recipe, index
+    may_write: whether it is autograd that reads it.
+    """
+
+    def __init__(self, recipe: _Recipe, index: int, like: Tensor, may_write: bool):
+        self.recipe, self.index, self.may_write = recipe, index, may_write
         self.view = (like.shape, like.stride(), like.storage_offset())
         recipe.readers += 1
 
     def __call__(self) -> Tensor:
-        return self.recipe.take(self.index).as_strided(*self.view)
-
-
-@dataclass(frozen=True)
-class _Known:
-    recipe: _Recipe
-    index: int
+        return self.recipe.take(self.index, self.may_write).as_strided(*self.view)
 
 
 class Forgetful(torch.autograd.graph.saved_tensors_hooks):
     """Inside this context autograd saves recipes in the place of the tensors that have one."""
 
     def __init__(self):
-        super().__init__(self._pack, lambda kept: kept() if isinstance(kept, Again) else kept)
-        self.known: dict[int, _Known] = {}
+        super().__init__(
+            lambda tensor: self._pack(tensor, may_write=True), lambda kept: kept() if isinstance(kept, Again) else kept
+        )
+        self.known: dict[int, tuple[_Recipe, int]] = {}
 
     def __enter__(self) -> "Forgetful":
         super().__enter__()
@@ -66,21 +67,26 @@ class Forgetful(torch.autograd.graph.saved_tensors_hooks):
         # the hooks refer to this object and it to them: what else it holds must not wait for a garbage collection
         self.known.clear()
 
-    def forget(self, tensors: Sequence[Tensor], make: Callable[[], Sequence[Tensor]]) -> None:
-        """Autograd shall not save these tensors, each of which has memory of its own: `make` gives them again."""
-        recipe = _Recipe(make)
+    def forget(
+        self, tensors: Sequence[Tensor], make: Callable[[], Sequence[Tensor]], *, overwritten: bool = False
+    ) -> None:
+        """Autograd shall not save these tensors, each of which has memory of its own: `make` gives them again.
+
+        overwritten: who gets one in the backward pass may write over it.
+        """
+        recipe = _Recipe(make, overwritten)
         for index, tensor in enumerate(tensors):
             if tensor.numel():
-                self.known[_memory(tensor)] = _Known(recipe, index)
+                self.known[_memory(tensor)] = recipe, index
 
     def again(self, tensor: Tensor) -> Callable[[], Tensor]:
         """What gives a forgotten tensor to another recipe."""
-        kept = self._pack(tensor)
+        kept = self._pack(tensor, may_write=False)
         return kept if isinstance(kept, Again) else lambda: kept
 
-    def _pack(self, tensor: Tensor) -> Any:
-        known = self.known.get(_memory(tensor)) if tensor.numel() else None
-        return tensor if known is None else Again(known.recipe, known.index, tensor)
+    def _pack(self, tensor: Tensor, may_write: bool) -> Any:
+        recipe, index = self.known.get(_memory(tensor), (None, 0)) if tensor.numel() else (None, 0)
+        return tensor if recipe is None else Again(recipe, index, tensor, may_write)
 
 
 def _memory(tensor: Tensor) -> int:

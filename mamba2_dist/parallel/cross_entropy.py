@@ -28,7 +28,7 @@ def _gradient(logits: Tensor, log_total: Tensor, index: Tensor, grad: Tensor) ->
 
 @functools.cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function)
 
 
 def _by_rows(function: Callable[..., Tensor], compiled: bool, logits: Tensor, *others: Tensor) -> Tensor:

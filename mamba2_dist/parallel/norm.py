@@ -19,12 +19,12 @@ def gated_rmsnorm_over_ranks(
     eps: float,
     group_size: int,
     norm_before_gate: bool = False,
-    again: Callable[[], Tensor] | None = None,
+    overwrite_x: bool = False,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """`gated_rmsnorm` whose groups have `group_size` channels in all, spread over `group`; sums squares over it.
 
-    x, z: (..., channels/tp); with a group of one rank the channels hold whole groups. again: as in `gated_rmsnorm`.
-    Also returns what gives the same result of the same x again without communicating.
+    x, z: (..., channels/tp); with a group of one rank the channels hold whole groups. overwrite_x: as in
+    `gated_rmsnorm`. Also returns what gives the same result of the same x again without communicating.
     """
     size = group_size // group.size
     part = None
@@ -32,9 +32,10 @@ def gated_rmsnorm_over_ranks(
         squares = square_sums(x, z, group_size=size, norm_before_gate=norm_before_gate)
         part = PartOfGroups(sum_over(squares, group), group_size, lambda sums: sum_over(sums, group))
 
-    def norm(x: Tensor, again: Callable[[], Tensor] | None = None) -> Tensor:
+    def norm(x: Tensor) -> Tensor:
         return gated_rmsnorm(
-            x, weight, z, eps=eps, group_size=size, norm_before_gate=norm_before_gate, part=part, again=again
-        )
+            x, weight, z,
+            eps=eps, group_size=size, norm_before_gate=norm_before_gate, part=part, overwrite_x=overwrite_x,
+        )  # fmt: skip
 
-    return norm(x, again), norm
+    return norm(x), norm

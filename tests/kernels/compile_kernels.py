@@ -87,6 +87,9 @@ def others(dtype):
         ("conv", conv.conv_kernel, conv_ops.FORWARD), ("conv_backward", conv.conv_backward_kernel, conv_ops.BACKWARD)
     ):  # fmt: skip
         launch = config.Launch(how.warps, how.stages)
+        for width in (1, 8):
+            widths = {"WIDTH": width, "BLOCK": how.channels, "UNROLL": how.unroll, "STAGES": how.stages}
+            yield f"{name}_{width}", kernel, launch, flags | widths
         yield name, kernel, launch, flags | {"BLOCK": how.channels, "UNROLL": how.unroll, "STAGES": how.stages}
     for group_size, gated in ((5120, True), (1024, True), (2560, False)):
         for reverse in (False, True):

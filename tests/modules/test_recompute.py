@@ -1,5 +1,6 @@
 """What is made again equals what was not kept, and costs no collective."""
 
+import importlib
 import shutil
 import weakref
 
@@ -47,6 +48,29 @@ def _compare(tp, cp, ngroups, layout):
 )  # fmt: skip
 def test_the_same_numbers_and_collectives(tp, cp, ngroups, layout):
     run_ranks(tp * cp, _compare, tp, cp, ngroups, layout)
+
+
+def test_what_was_overwritten_is_made_again(monkeypatch):
+    """The norm's kernel writes its gradient over what was made for it; a frozen product does not read the norm."""
+    norms = importlib.import_module("mamba2_dist.kernels.norm.gated_rmsnorm")
+    monkeypatch.setattr(norms, "takes_triton", lambda *_: True)
+    mixer = Mamba2Mixer(Mamba2Config(d_state=6, headdim=4), 16, recompute="inner")
+    mixer.out_proj.weight.requires_grad_(False)
+    u = torch.randn(2, 9, 16, requires_grad=True)
+    y = mixer(u)
+    first, second = (torch.autograd.grad(y.sum(), u, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("recompute", ["none", "conv", "inner"])
+def test_backward_frees_what_was_saved(recompute):
+    mixer, kept = Mamba2Mixer(Mamba2Config(d_state=6, headdim=4), 16, recompute=recompute), []
+    mixer.conv1d.register_forward_pre_hook(lambda _, inputs: kept.append(weakref.ref(inputs[0])))
+    y = mixer(torch.randn(2, 9, 16, requires_grad=True))
+    loss = y.sum()
+    del y
+    loss.backward()
+    assert kept[0]() is None
 
 
 def test_what_is_forgotten_is_freed():

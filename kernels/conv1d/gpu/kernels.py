@@ -97,7 +97,7 @@ def conv_kernel(
                 y = bias + taps[WIDTH - 1] * x
                 for k in tl.static_range(WIDTH - 1):
                     y += taps[k] * window[k]
-                window = window[1:] + (x,)
+                window = (window + (x,))[1:]
                 if SILU:
                     y = y * sigmoid(y)
                 tl.store(ys + u * size, y.to(y0_ptr.dtype.element_ty), mask=known & (i + u < length))

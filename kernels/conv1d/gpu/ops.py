@@ -39,17 +39,21 @@ def causal_conv1d(
 
     offsets, enters and leaves are on the host; see `table.lay_out`. weight: (channels, width).
     """
-    problem = _problem(x, weight, offsets, enters, leaves, sizes, final_count)
+    problem = _problem(x, weight, bias, offsets, enters, leaves, sizes, final_count)
     parts = _new_parts(x, sizes)
     table, state = problem.table, None if initial_state is None else initial_state.contiguous()
     launch(
         conv_kernel, (*problem.variant, bias is None, state is None, silu),
-        lambda: dict(**problem.describe(FORWARD, bias, state, silu)),
-        x_ptr=problem.x, weight_ptr=problem.weight, bias_ptr=weight if bias is None else bias,
+        lambda: dict(**problem.describe(FORWARD, state, silu)),
+        x_ptr=problem.x, weight_ptr=problem.weight, bias_ptr=problem.weight if problem.bias is None else problem.bias,
         state_ptr=problem.x if state is None else state, y0_ptr=parts[0], y1_ptr=parts[1], y2_ptr=parts[2],
         blocks_ptr=table.blocks, spans_ptr=table.spans,
     )  # fmt: skip
-    return *parts, x[..., sum(sizes) :].contiguous(), _final_states(problem, state, final_count)
+    return (
+        *parts,
+        x[..., sum(sizes) :].clone(memory_format=torch.contiguous_format),
+        _final_states(problem, state, final_count),
+    )
 
 
 @fake(causal_conv1d)
@@ -65,7 +69,7 @@ def causal_conv1d_backward(
     sizes: list[int], silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias and initial_state; empty for those that are None."""
-    problem = _problem(x, weight, offsets, enters, leaves, sizes, d_final.shape[0])
+    problem = _problem(x, weight, bias, offsets, enters, leaves, sizes, d_final.shape[0])
     table, channels, width = problem.table, sum(sizes), weight.shape[1]
     state = None if initial_state is None else initial_state.contiguous()
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -76,10 +80,11 @@ def causal_conv1d_backward(
     d_parts += d_parts[:1] * (PARTS - len(d_parts))
     launch(
         conv_backward_kernel, (*problem.variant, bias is None, state is None, silu),
-        lambda: dict(dx_stride=x.shape[2], **problem.describe(BACKWARD, bias, state, silu)),
+        lambda: dict(dx_stride=x.shape[2], **problem.describe(BACKWARD, state, silu)),
         dy0_ptr=d_parts[0], dy1_ptr=d_parts[1], dy2_ptr=d_parts[2], x_ptr=problem.x, weight_ptr=problem.weight,
-        bias_ptr=weight if bias is None else bias, state_ptr=problem.x if state is None else state, dx_ptr=dx,
-        d_state_ptr=d_state, shares_ptr=shares, blocks_ptr=table.blocks, spans_ptr=table.spans,
+        bias_ptr=problem.weight if problem.bias is None else problem.bias,
+        state_ptr=problem.x if state is None else state, dx_ptr=dx, d_state_ptr=d_state, shares_ptr=shares,
+        blocks_ptr=table.blocks, spans_ptr=table.spans,
     )  # fmt: skip
     _add_final_gradients(problem, dx, d_state, d_final)
     totals = shares.sum(0)
@@ -123,11 +128,12 @@ class _Problem:
 
     x: Tensor
     weight: Tensor
+    bias: Tensor | None
     sizes: list[int]
     table: Table
     variant: tuple
 
-    def describe(self, how: Launch, bias: Tensor | None, state: Tensor | None, silu: bool) -> dict:
+    def describe(self, how: Launch, state: Tensor | None, silu: bool) -> dict:
         sizes = [*self.sizes, *[0] * (PARTS - len(self.sizes))]
         blocks = [triton.cdiv(size, how.channels) for size in sizes]
         nblocks, nspans = self.table.blocks.shape[1], self.table.spans.shape[1]
@@ -135,17 +141,18 @@ class _Problem:
             "grid": (nblocks, sum(blocks)), "nblocks": nblocks, "nspans": nspans,
             "row_stride": self.x.stride(0), "token_stride": self.x.stride(1),
             "size0": sizes[0], "size1": sizes[1], "size2": sizes[2], "blocks0": blocks[0], "blocks1": blocks[1],
-            "WIDTH": self.weight.shape[1], "BLOCK": how.channels, "UNROLL": how.unroll, "HAS_BIAS": bias is not None,
-            "HAS_STATE": state is not None, "SILU": silu, "STAGES": how.stages, "num_warps": how.warps,
+            "WIDTH": self.weight.shape[1], "BLOCK": how.channels, "UNROLL": how.unroll, "STAGES": how.stages,
+            "HAS_BIAS": self.bias is not None, "HAS_STATE": state is not None, "SILU": silu, "num_warps": how.warps,
         }  # fmt: skip
 
 
-def _problem(x, weight, offsets, enters, leaves, sizes, final_count) -> _Problem:
+def _problem(x, weight, bias, offsets, enters, leaves, sizes, final_count) -> _Problem:
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, seqlen, _ = x.shape
     table = lay_out(offsets, enters, leaves, batch, seqlen, weight.shape[1], TOKENS, final_count, x.device)
     variant = (x.shape, x.stride(), x.dtype, weight.shape, *sizes, table.blocks.shape[1], table.spans.shape[1])
-    return _Problem(x, weight.contiguous(), sizes, table, variant)
+    bias = None if bias is None else bias.contiguous()
+    return _Problem(x, weight.contiguous(), bias, sizes, table, variant)
 
 
 def _new_parts(x: Tensor, sizes: list[int]) -> list[Tensor]:

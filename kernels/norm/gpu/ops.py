@@ -87,7 +87,7 @@ class Problem:
     @property
     def variant(self) -> tuple:
         z = None if self.z is None else (self.z.stride(0), self.z.dtype)
-        return self.x.shape, self.x.stride(0), z, self.group_size, self.before, self.count
+        return self.x.shape, self.x.stride(0), self.x.dtype, z, self.group_size, self.before, self.count
 
 
 def make_problem(
@@ -120,7 +120,8 @@ def normalize(
             HAS_ADDED=added is not None, SQUARES="here" if squares is None else "given",
         ),
         x_ptr=x, z_ptr=x if z is None else z, weight_ptr=problem.weight, y_ptr=y,
-        added_ptr=x if added is None else added, sum_ptr=total, squares_ptr=scale if squares is None else squares, scale_ptr=scale,
+        added_ptr=x if added is None else added, sum_ptr=total,
+        squares_ptr=scale if squares is None else squares.contiguous(), scale_ptr=scale,
     )  # fmt: skip
     return y, scale, total
 
@@ -161,7 +162,7 @@ def normalize_backward(
             PRODUCTS="here" if products is None else "given",
         ),
         dy_ptr=dy, x_ptr=x, z_ptr=x if z is None else z, weight_ptr=problem.weight, scale_ptr=scale,
-        products_ptr=scale if products is None else products,
+        products_ptr=scale if products is None else products.contiguous(),
         carried_ptr=x if carried is None else as_rows(carried).contiguous(), dx_ptr=dx, dz_ptr=dx if dz is None else dz,
         d_added_ptr=d_added, shares_ptr=shares,
     )  # fmt: skip
@@ -221,6 +222,7 @@ class _GatedNorm(torch.autograd.Function):
         x, weight, z, _, group_size, norm_before_gate, _ = inputs
         y, scale = without_gradients(gated_rmsnorm, inputs)
         ctx.mark_non_differentiable(scale)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, z, scale)
         ctx.options = (group_size, norm_before_gate)
         return y, scale
