@@ -52,7 +52,7 @@ def benchmark(options: argparse.Namespace) -> None:
     print(f"{'':77}" + "".join(f"{name:>9}" for name in ("ours", "peer", "ratio", "floor", "torch", "proj.", "over")))
     peer = None if options.no_peer else find_peer()
     rows = results["rows"]
-    for measure in (measure_conv, measure_gated_norm, measure_residual_norm):
+    for measure in (measure_conv, measure_gated_norm, measure_residual_norm, measure_in_proj):
         rows.append(measure(peer, results["copy_TB_per_s"], options))
         print(table_row(rows[-1]), flush=True)
         torch.cuda.empty_cache()
@@ -164,6 +164,22 @@ def measure_residual_norm(peer, copy_TB_per_s, options) -> dict:
     case, name = "32768 x 2560, float32 + bfloat16", f"torch {torch.__version__}, compiled"
     # forward 4 + 2 bytes read and as many written, backward 2 + 4 + 4 and 4 + 2
     return operator_row("residual norm fwd+bwd", case, calls, 7 * x.nbytes, copy_TB_per_s, name, options)
+
+
+def measure_in_proj(peer, copy_TB_per_s, options) -> dict:
+    """In two products, the second the first to know its gradient, against one."""
+    u, layer = leaf(8, 4096, 2560), Mamba2Mixer(Mamba2Config(), 2560, **BF16).in_proj
+    d_inner, rows = 5120, layer.weight.shape[0]
+    dz, dlast, dy = (torch.randn(8, 4096, size, **BF16) for size in (d_inner, rows - d_inner, rows))
+
+    def in_two() -> None:
+        u.grad = layer.weight.grad = None
+        last, first = layer.in_two(u, d_inner)
+        torch.autograd.backward([first(), last], [dz, dlast])
+
+    calls = {"ours": in_two, "peer": forward_backward(layer, [u], [layer.weight], dy)}
+    case = f"32768 x 2560 to {rows}, in two products"
+    return operator_row("in_proj fwd+bwd", case, calls, None, copy_TB_per_s, "in one product", options)
 
 
 def measure_layer(shape, peer, options, *, want_profile: bool) -> tuple[list[dict], list[dict]]:

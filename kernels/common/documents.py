@@ -52,6 +52,8 @@ class Documents:
             self.on_host = torch.tensor(offsets, dtype=torch.int64, device="cpu")
         # the first and the last document of each row, where rows hold several
         self.row_edges: tuple[list[int], list[int]] | None = None
+        # the same as tensors; None: row d of initial and of final states belongs to document d
+        self.edges_on_host: tuple[Tensor | None, Tensor | None] = None, None
         self._kept = Kept()
 
     @classmethod
@@ -80,7 +82,9 @@ class Documents:
         starts[:, 1:] = index[:, 1:] != index[:, :-1]
         documents = cls([*starts.flatten().nonzero().flatten().tolist(), batch * seqlen])
         last = (starts.sum(1).cumsum(0) - 1).tolist()
-        documents.row_edges = ([0, *(document + 1 for document in last[:-1])], last)
+        documents.row_edges = first, last = [0, *(document + 1 for document in last[:-1])], last
+        with torch.inference_mode(False):
+            documents.edges_on_host = torch.tensor(first, device="cpu"), torch.tensor(last, device="cpu")
         return documents
 
     @property
@@ -102,14 +106,6 @@ class Documents:
     def nrows(self) -> int:
         """How many states may enter: one a row, or one a document where documents are the rows."""
         return len(self) if self.row_edges is None else len(self.row_edges[0])
-
-    @cached_property
-    def edges_on_host(self) -> tuple[Tensor | None, Tensor | None]:
-        """The documents that rows of initial and of final states belong to; None: row d to document d."""
-        if self.row_edges is None:
-            return None, None
-        first, last = (torch.tensor(edges, dtype=torch.int64, device="cpu") for edges in self.row_edges)
-        return first, last
 
     def enter(self, states: Tensor) -> Tensor:
         """States of rows -> states of documents: a row's state enters its first document, zeros the others."""
@@ -184,3 +180,12 @@ class Documents:
     def _index(self, name: Hashable, device: torch.device, build: Callable[[], Any]) -> Tensor:
         """An int64 tensor made once for this batch and kept for the next layer."""
         return self._kept.get((name, device), lambda: to_device(np.asarray(build(), dtype=np.int64), device))
+
+
+def rows_of_states(documents: Tensor | None, ndocuments: int) -> np.ndarray:
+    """(ndocuments,) the row of states that belongs to each document, -1 where none does; None: its own number."""
+    if documents is None:
+        return np.arange(ndocuments)
+    rows = np.full(ndocuments, -1)
+    rows[documents.numpy()] = np.arange(len(documents))
+    return rows

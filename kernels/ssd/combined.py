@@ -47,7 +47,7 @@ class SSDSpan:
         self.x, self.D, self.z = x, D, z
         self.state_shape = (*x.shape[2:], B.shape[-1])
         self.triton = takes_triton(backend, x, lambda: _check_sizes(x, B))
-        self.edges: tuple[list[int], list[int]] | None = None
+        self.edges: tuple[Tensor | None, Tensor | None] = None, None
         self.offsets: Tensor | None
         if cu_seqlens is None and seq_idx is None and self.triton:
             # rows alone are described by nothing that a compiler could not trace
@@ -62,7 +62,7 @@ class SSDSpan:
                 self.documents = Documents.rows(batch, seqlen)
             self.nrows, self.ndocuments = self.documents.nrows, len(self.documents)
             self.offsets = self.documents.on_host
-            self.edges = self.documents.row_edges
+            self.edges = self.documents.edges_on_host
         if self.triton:
             self.arguments = (x, dt, A, B, C, dt_bias)
             self.steps = (dt_softplus, float(dt_limit[0]), float(dt_limit[1]))
@@ -128,10 +128,9 @@ class SSDSpan:
         from .gpu import ops
 
         x, dt, A, B, C, dt_bias = self.arguments
-        if into is None and self.edges is not None:
-            into = self.edges[0]
-        enters = None if into is None else _on_host(into)
-        leaves = None if self.edges is None else _on_host(self.edges[1])
+        enters, leaves = self.edges
+        if into is not None:
+            enters = _on_host(into)
         if not final_states:
             leaves = _on_host([])
         tensors = (x, dt, A, B, C, self.D, self.z, dt_bias, initial_states)

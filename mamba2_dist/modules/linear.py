@@ -61,14 +61,15 @@ def _weight_gradient(dy: Tensor, u: Tensor, out: Tensor) -> None:
         out.copy_(dy.T.to(out.dtype) @ u.to(out.dtype))
 
 
-class _Linear(torch.autograd.Function):
-    """u W^T, with W also in the dtype of u; the gradient of W is in its own."""
+class _FirstRows(torch.autograd.Function):
+    """u W^T of the rows of W before `first`, with W also in the dtype of u; the gradient of W is in its own, what there
+    is of other rows is not written."""
 
     @staticmethod
-    def forward(ctx, u, weight, cast):
+    def forward(ctx, u, weight, cast, first):
         ctx.save_for_backward(u, cast)
-        ctx.weight_dtype = weight.dtype
-        return F.linear(u, cast)
+        ctx.first, ctx.weight_dtype = first, weight.dtype
+        return F.linear(u, cast[:first])
 
     @staticmethod
     @once_differentiable
@@ -76,17 +77,19 @@ class _Linear(torch.autograd.Function):
         u, weight = ctx.saved_tensors
         du = d_weight = None
         if ctx.needs_input_grad[0]:
-            du = dy @ weight
+            du = dy @ weight[: ctx.first]
         if ctx.needs_input_grad[1]:
             d_weight = torch.empty_like(weight, dtype=ctx.weight_dtype)
-            _weight_gradient(dy, u, d_weight)
-        return du, d_weight, None
+            _weight_gradient(dy, u, d_weight[: ctx.first])
+        return du, d_weight, None, None
 
 
 def linear(u: Tensor, weight: Tensor) -> Tensor:
     """u W^T, (batch, seqlen, d_in) -> (batch, seqlen, d_out), in the dtype of autocast where that is on."""
     u = u.to(_autocast_dtype(u))
-    return F.linear(u, weight) if u.dtype == weight.dtype else _Linear.apply(u, weight, _cast(weight, u.dtype))
+    if u.dtype == weight.dtype:
+        return F.linear(u, weight)
+    return _FirstRows.apply(u, weight, _cast(weight, u.dtype), len(weight))
 
 
 class _LastRows(torch.autograd.Function):
@@ -107,31 +110,9 @@ class _LastRows(torch.autograd.Function):
         u, weight = ctx.saved_tensors
         # these two are `_FirstRows`'s alone, and come to nobody else
         if ctx.needs_input_grad[0]:
-            du.view(-1, u.shape[-1]).addmm_(dy.flatten(0, 1), weight[ctx.first :])
+            du.view(-1, u.shape[-1]).addmm_(dy.flatten(0, -2), weight[ctx.first :])
         if ctx.needs_input_grad[1]:
             _weight_gradient(dy, u, d_weight[ctx.first :])
-        return du, d_weight, None, None
-
-
-class _FirstRows(torch.autograd.Function):
-    """u W^T of the rows of W before `first`."""
-
-    @staticmethod
-    def forward(ctx, u, weight, cast, first):
-        ctx.save_for_backward(u, cast)
-        ctx.first, ctx.weight_dtype = first, weight.dtype
-        return F.linear(u, cast[:first])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        u, weight = ctx.saved_tensors
-        du = d_weight = None
-        if ctx.needs_input_grad[0]:
-            du = (dy.flatten(0, 1) @ weight[: ctx.first]).view(u.shape)
-        if ctx.needs_input_grad[1]:
-            d_weight = torch.empty_like(weight, dtype=ctx.weight_dtype)
-            _weight_gradient(dy, u, d_weight[: ctx.first])
         return du, d_weight, None, None
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mamba2_dist.kernels.common.documents import Documents
 from mamba2_dist.kernels.conv1d import causal_conv1d, causal_conv1d_split
 
 from ..tolerances import KERNELS, assert_close
@@ -144,6 +145,19 @@ def test_operator(place):
         torch.ops.mamba2_dist.causal_conv1d, arguments,
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )  # fmt: skip
+
+
+def test_compiled(place):
+    """Without graph breaks, documents included."""
+    x, weight, bias, _ = draw(place, 1, 40, 8, 4, 1)
+    documents = Documents([0, 3, 21, 40])
+    function = lambda *t: causal_conv1d(*t, cu_seqlens=documents, activation="silu", backend="triton")  # noqa: E731
+    results = []
+    for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+        y = call(*leaves)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.gpu

@@ -118,6 +118,22 @@ def test_operators(place):
     torch.library.opcheck(torch.ops.mamba2_dist.add_rmsnorm, arguments, test_utils=tests)
 
 
+def test_compiled(place):
+    """Without graph breaks."""
+    x, weight, z = draw(place, 5, 24)
+
+    def function(x, weight, z):
+        y, total = add_rmsnorm(x, norm(x, weight, z), weight, eps=1e-5, backend="triton")
+        return y * total
+
+    results = []
+    for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, z)]
+        y = call(*leaves)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.gpu
 class TestOnGPU:
     @pytest.mark.parametrize("group_size", [64, 1024, 1536, 5120, 8192, 10240, 16384])

@@ -48,8 +48,8 @@ def test_against_float64(layout, packed, autocast):
 
 
 def test_recompute_gives_the_same_bits_in_less_memory():
-    table = SegmentTable.contiguous(2048, 1, documents=[[0, 700, 2048]])
-    u = torch.randn(1, 2048, 512, device="cuda", dtype=torch.bfloat16)
+    table = SegmentTable.contiguous(8192, 1, documents=[[0, 700, 8192]])
+    u = torch.randn(1, 8192, 512, device="cuda", dtype=torch.bfloat16)
     expected, memory = None, []
     for recompute in ("none", "conv", "inner"):
         mixer = Mamba2Mixer(Mamba2Config(), 512, recompute=recompute, device="cuda", dtype=torch.bfloat16)
@@ -60,6 +60,6 @@ def test_recompute_gives_the_same_bits_in_less_memory():
         results = [y.detach(), *torch.autograd.grad(y, [x, *mixer.parameters()], torch.ones_like(y))]
         expected = results if expected is None else expected
         assert all(map(torch.equal, results, expected))
-    inner = 2048 * 1024 * 2  # bytes of z or x or y
-    assert memory[0] - memory[1] >= inner
-    assert memory[1] - memory[2] >= 2 * inner
+    inner = 8192 * 1024 * 2  # bytes of z or x or y, to what the allocator rounds
+    assert memory[0] - memory[1] >= 0.9 * inner
+    assert memory[1] - memory[2] >= 1.8 * inner

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...common.documents import rows_of_states
 from ...common.transfer import Kept, to_device
 
 
@@ -44,7 +45,7 @@ def lay_out(
 
 def _build(offsets, enters, leaves, batch, seqlen, width, block, final_count, device) -> Table:
     ends = np.arange(batch + 1) * seqlen if offsets is None else offsets.numpy()
-    initial = _rows(enters, len(ends) - 1)
+    initial = rows_of_states(enters, len(ends) - 1)
     # spans end where a document or a block does
     tokens = int(ends[-1])
     starts = np.union1d(ends[:-1][np.diff(ends) > 0], np.arange(0, tokens, block))
@@ -56,7 +57,7 @@ def _build(offsets, enters, leaves, batch, seqlen, width, block, final_count, de
     spans = np.stack([starts, row, place, lengths, before, after, initial[document]])
     first = np.searchsorted(starts, np.arange(0, tokens, block))
     blocks = np.stack([first, np.diff(np.append(first, len(starts)))])
-    from_tokens, from_states = _tails(ends, initial, _rows(leaves, len(ends) - 1), seqlen, width, final_count)
+    from_tokens, from_states = _tails(ends, initial, rows_of_states(leaves, len(ends) - 1), seqlen, width, final_count)
     return Table(
         to_device(blocks.astype(np.int32), device), to_device(spans.astype(np.int32), device),
         to_device(from_tokens, device), to_device(from_states, device),
@@ -73,12 +74,3 @@ def _tails(ends, initial, final, seqlen, width, final_count) -> tuple[np.ndarray
     known = ~inside & (initial[document] >= 0)[:, None]
     state = initial[document][:, None] * (width - 1) + behind + width - 1
     return np.stack([place[inside], row[inside], at[inside]]), np.stack([place[known], state[known]])
-
-
-def _rows(documents: Tensor | None, ndocuments: int) -> np.ndarray:
-    """(ndocuments,) the row of states that belongs to each document, or -1."""
-    if documents is None:
-        return np.arange(ndocuments)
-    rows = np.full(ndocuments, -1)
-    rows[documents.numpy()] = np.arange(len(documents))
-    return rows

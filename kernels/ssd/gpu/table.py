@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...common.documents import rows_of_states
 from ...common.transfer import Kept, to_device
 
 ALIGNMENT = 128  # spans of one document are cut at multiples of this, a multiple of every chunk size
@@ -80,7 +81,7 @@ def _build(offsets, enters, leaves, seqlen, programs_per_span, chunk_sizes, devi
     offsets = offsets.numpy()
     lengths = np.diff(offsets)
     ndocuments = len(lengths)
-    initial, final = _rows(enters, ndocuments), _rows(leaves, ndocuments)
+    initial, final = rows_of_states(enters, ndocuments), rows_of_states(leaves, ndocuments)
     pieces = -(-lengths // _span_length(lengths, programs_per_span, slots))
     document = np.repeat(np.arange(ndocuments), pieces)
     first = np.cumsum(pieces) - pieces
@@ -135,15 +136,6 @@ def _move(arrays: dict[str, np.ndarray], device: torch.device) -> tuple[Tensor, 
     memory = to_device(flat, device)
     parts = zip(arrays.items(), memory.split(sizes), strict=True)
     return memory, {name: part[: array.size].view(array.shape) for (name, array), part in parts}
-
-
-def _rows(documents: Tensor | None, ndocuments: int) -> np.ndarray:
-    """(ndocuments,) the row of states that belongs to each document."""
-    if documents is None:
-        return np.arange(ndocuments)
-    rows = np.full(ndocuments, -1)
-    rows[documents.numpy()] = np.arange(len(documents))
-    return rows
 
 
 def _chunks(row, start, length, final, size) -> dict[str, np.ndarray]:
