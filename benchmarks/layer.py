@@ -109,7 +109,8 @@ def operator_row(what, case, calls, floor_bytes, copy_TB_per_s, peer_name, optio
     graphs = {side: capture(call, side, notes) for side, call in calls.items()}
     times = {side: time or eager[side] for side, time in interleave(graphs, options).items()}
     return make_row(what, case, times["ours"], times.get("peer"), peer_name, "ms") | {
-        "floor": floor_bytes / copy_TB_per_s * 1e-9, "TB_per_s": floor_bytes / times["ours"] * 1e-9,
+        "floor": floor_bytes and floor_bytes / copy_TB_per_s * 1e-9,
+        "TB_per_s": floor_bytes and floor_bytes / times["ours"] * 1e-9,
         "torch": times.get("torch"), "eager": eager, "notes": notes,
     }  # fmt: skip
 

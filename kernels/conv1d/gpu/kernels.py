@@ -36,6 +36,12 @@ def _of_span(spans_ptr, nspans, span):
 
 
 @triton.jit
+def _if_less(known, a, b, BLOCK: tl.constexpr):
+    """The mask `known` where a < b, as vectors: interpreters do not spread a truth value over a mask."""
+    return known & (a + tl.zeros([BLOCK], tl.int32) < b)
+
+
+@triton.jit
 def _taps(weight_ptr, channel, known, WIDTH: tl.constexpr):
     """The weights of channels, float32, the oldest input's first."""
     taps = ()
@@ -46,15 +52,20 @@ def _taps(weight_ptr, channel, known, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _window(xs, token_stride, states, channels, known, before, state, WIDTH: tl.constexpr, HAS_STATE: tl.constexpr):
+def _window(
+    xs, token_stride, states, channels, known, before, state,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_STATE: tl.constexpr,
+):  # fmt: skip
     """The inputs before a span, oldest first: of its document, or before that of its state, else zeros."""
     window = ()
     for k in tl.static_range(WIDTH - 1):
         back = WIDTH - 1 - k
-        x = tl.load(xs - back * token_stride, mask=known & (before >= back), other=0.0).to(tl.float32)
+        inside = _if_less(known, back - 1, before, BLOCK)
+        x = tl.load(xs - back * token_stride, mask=inside, other=0.0).to(tl.float32)
         if HAS_STATE:
             at = states + (state.to(tl.int64) * (WIDTH - 1) + k + before) * channels
-            x += tl.load(at, mask=known & (before < back) & (state >= 0), other=0.0).to(tl.float32)
+            mask = _if_less(_if_less(known, before, back, BLOCK), -1, state, BLOCK)
+            x += tl.load(at, mask=mask, other=0.0).to(tl.float32)
         window = window + (x,)
     return window
 
@@ -87,11 +98,12 @@ def conv_kernel(
         token, row, start, length, before, _, state = _of_span(spans_ptr, nspans, span)
         xs = x_ptr + row.to(tl.int64) * row_stride + start.to(tl.int64) * token_stride + channel
         ys = y_ptr + token.to(tl.int64) * size + column
-        window = _window(xs, token_stride, state_ptr + channel, channels, known, before, state, WIDTH, HAS_STATE)
+        window = _window(xs, token_stride, state_ptr + channel, channels, known, before, state, WIDTH, BLOCK, HAS_STATE)
         for i in tl.range(0, length, UNROLL, num_stages=STAGES):
             new = ()
             for u in tl.static_range(UNROLL):
-                new = new + (tl.load(xs + u * token_stride, mask=known & (i + u < length), other=0.0),)
+                inside = _if_less(known, i + u, length, BLOCK)
+                new = new + (tl.load(xs + u * token_stride, mask=inside, other=0.0),)
             for u in tl.static_range(UNROLL):
                 x = new[u].to(tl.float32)
                 y = bias + taps[WIDTH - 1] * x
@@ -100,7 +112,7 @@ def conv_kernel(
                 window = (window + (x,))[1:]
                 if SILU:
                     y = y * sigmoid(y)
-                tl.store(ys + u * size, y.to(y0_ptr.dtype.element_ty), mask=known & (i + u < length))
+                tl.store(ys + u * size, y.to(y0_ptr.dtype.element_ty), mask=_if_less(known, i + u, length, BLOCK))
             xs += UNROLL * token_stride
             ys += UNROLL * size
         span += 1
@@ -147,7 +159,7 @@ def conv_backward_kernel(
         dys = dy_ptr + token.to(tl.int64) * size + column
         # where the sum that is complete after the first token belongs
         dxs = dx_ptr + (token.to(tl.int64) - (WIDTH - 1)) * dx_stride + channel
-        window = _window(xs, token_stride, state_ptr + channel, channels, known, before, state, WIDTH, HAS_STATE)
+        window = _window(xs, token_stride, state_ptr + channel, channels, known, before, state, WIDTH, BLOCK, HAS_STATE)
         sums = ()
         for _ in tl.static_range(WIDTH - 1):
             sums = sums + (zero,)
@@ -155,7 +167,7 @@ def conv_backward_kernel(
             new = ()
             dnew = ()
             for u in tl.static_range(UNROLL):
-                inside = known & (i + u < length + after)
+                inside = _if_less(known, i + u, length + after, BLOCK)
                 new = new + (tl.load(xs + u * token_stride, mask=inside, other=0.0),)
                 dnew = dnew + (tl.load(dys + u * size, mask=inside, other=0.0),)
             for u in tl.static_range(UNROLL):
@@ -180,11 +192,13 @@ def conv_backward_kernel(
                     reached = reached + (sums[k] + taps[k] * g,)
                 sums = reached + (taps[WIDTH - 1] * g,)
                 complete = sums[0].to(dx_ptr.dtype.element_ty)
-                mask = known & (i + u >= WIDTH - 1) & (i + u < length + WIDTH - 1)
+                mask = _if_less(_if_less(known, WIDTH - 2, i + u, BLOCK), i + u, length + WIDTH - 1, BLOCK)
                 tl.store(dxs + u * dx_stride, complete, mask=mask)
                 if HAS_STATE:
                     at = d_state_ptr + (state.to(tl.int64) * (WIDTH - 1) + i + u) * channels + channel
-                    mask = known & (i + u < WIDTH - 1) & (before == 0) & (state >= 0)
+                    mask = _if_less(
+                        _if_less(_if_less(known, before, 1, BLOCK), -1, state, BLOCK), i + u, WIDTH - 1, BLOCK
+                    )
                     tl.store(at, sums[0], mask=mask)
                 sums = sums[1:]
             xs += UNROLL * token_stride
