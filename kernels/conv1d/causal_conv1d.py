@@ -68,6 +68,7 @@ def _convolve(
     channels = sum(sizes)
     batch, seqlen, _ = x.shape
     triton = takes_triton(backend, x)
+    documents: Documents | None
     if cu_seqlens is not None:
         documents = Documents.of(cu_seqlens, seqlen)
     elif seq_idx is not None:

@@ -161,7 +161,7 @@ def _gradients(x, weight, z, squares, complete, dy, size, eps, group_size, norm_
         if complete is None:
             options = {"group_size": group_size, "norm_before_gate": norm_before_gate, "dtype": dy.dtype}
             y = gated_rmsnorm(x, weight, z, eps=eps, backend="torch", **options)
-            gradients = torch.autograd.grad(y, leaves, dy)
+            gradients = list(torch.autograd.grad(y, leaves, dy))
         else:
             squares = squares.detach().requires_grad_()
             y = _with_squares(x, weight, z, squares, size, eps, group_size, norm_before_gate)

@@ -105,18 +105,18 @@ class Mamba2Mixer(PartitionedModule):
             segments = SegmentTable.contiguous(u.shape[1], 1, batch=u.shape[0])
         xBCdt, z = self._project(u)
         if self.recompute == "none" or not torch.is_grad_enabled():
-            parts, _ = self.conv1d(xBCdt, segments)
-            y, _ = self._scan(*parts, segments)
+            (x, B, C, dt), _ = self.conv1d(xBCdt, segments)
+            y, _ = self._scan(x, B, C, dt, segments)
             return self.out_proj(self.norm(y.flatten(-2), z())[0])
         with Forgetful() as saved:
-            parts, convolve = self.conv1d(xBCdt, segments)
-            saved.forget(parts[:3], convolve)
-            y, scan = self._scan(*parts, segments)
+            (x, B, C, dt), convolve = self.conv1d(xBCdt, segments)
+            saved.forget([x, B, C], convolve)
+            y, scan = self._scan(x, B, C, dt, segments)
             y = y.flatten(-2)
             if self.recompute == "conv":
                 return self.out_proj(self.norm(y, z())[0])
-            x, B, C = (saved.again(part) for part in parts[:3])
-            saved.forget([y], lambda: [scan(x(), B(), C()).flatten(-2)], overwritten=True)
+            convolved = [saved.again(part) for part in (x, B, C)]
+            saved.forget([y], lambda: [scan(*(again() for again in convolved)).flatten(-2)], overwritten=True)
             normed, norm = self.norm(y, z(), overwrite_x=True)
             scanned = saved.again(y)
             saved.forget([normed], lambda: [norm(scanned())])

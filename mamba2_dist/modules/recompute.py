@@ -58,7 +58,7 @@ class Forgetful(torch.autograd.graph.saved_tensors_hooks):
         )
         self.known: dict[int, tuple[_Recipe, int]] = {}
 
-    def __enter__(self) -> "Forgetful":
+    def __enter__(self) -> "Forgetful":  # type: ignore[override]
         super().__enter__()
         return self
 

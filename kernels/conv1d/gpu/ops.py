@@ -40,20 +40,17 @@ def causal_conv1d(
     offsets, enters and leaves are on the host; see `table.lay_out`. weight: (channels, width).
     """
     problem = _problem(x, weight, bias, offsets, enters, leaves, sizes, final_count)
-    parts = _new_parts(x, sizes)
+    y0, y1, y2 = _new_parts(x, sizes)
     table, state = problem.table, None if initial_state is None else initial_state.contiguous()
     launch(
         conv_kernel, (*problem.variant, bias is None, state is None, silu),
-        lambda: dict(**problem.describe(FORWARD, state, silu)),
+        lambda: problem.describe(FORWARD, state, silu),
         x_ptr=problem.x, weight_ptr=problem.weight, bias_ptr=problem.weight if problem.bias is None else problem.bias,
-        state_ptr=problem.x if state is None else state, y0_ptr=parts[0], y1_ptr=parts[1], y2_ptr=parts[2],
+        state_ptr=problem.x if state is None else state, y0_ptr=y0, y1_ptr=y1, y2_ptr=y2,
         blocks_ptr=table.blocks, spans_ptr=table.spans,
     )  # fmt: skip
-    return (
-        *parts,
-        x[..., sum(sizes) :].clone(memory_format=torch.contiguous_format),
-        _final_states(problem, state, final_count),
-    )
+    rest = x[..., sum(sizes) :].clone(memory_format=torch.contiguous_format)
+    return y0, y1, y2, rest, _final_states(problem, state, final_count)
 
 
 @fake(causal_conv1d)
