@@ -11,8 +11,6 @@ import argparse
 import functools
 import json
 import os
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from mamba2_dist.kernels.conv1d import causal_conv1d
 from mamba2_dist.kernels.norm import add_rmsnorm, gated_rmsnorm
-from ssd import GIB, ROOT, Call, capture, ceilings, interleave, origin, profile, write
+from ssd import GIB, ROOT, Call, capture, ceilings, import_peer, interleave, origin, profile, write
 from torch import Tensor, nn
 
 from mamba2_dist import Mamba2Config, Mamba2Mixer
@@ -50,7 +48,7 @@ def benchmark(options: argparse.Namespace) -> None:
     results["copy_TB_per_s"], results["bf16_matmul_TFLOP_per_s"] = ceilings()
     print("{device}: copy {copy_TB_per_s:.2f} TB/s, matmul {bf16_matmul_TFLOP_per_s:.0f} TFLOP/s".format(**results))
     print(f"{'':77}" + "".join(f"{name:>9}" for name in ("ours", "peer", "ratio", "floor", "torch", "proj.", "over")))
-    peer = None if options.no_peer else find_peer()
+    peer = None if options.no_peer else import_peer()
     rows = results["rows"]
     for measure in (measure_conv, measure_gated_norm, measure_residual_norm, measure_in_proj):
         rows.append(measure(peer, results["copy_TB_per_s"], options))
@@ -64,17 +62,6 @@ def benchmark(options: argparse.Namespace) -> None:
         write(results, "layer")
     print(f"wrote {write(results, 'layer')}")
     plot(results)
-
-
-def find_peer() -> types.ModuleType | None:
-    # the package imports its selective scan, which nothing here calls
-    sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
-    try:
-        import mamba_ssm
-    except ImportError as error:
-        print(f"without mamba_ssm: {error}", file=sys.stderr)
-        return None
-    return mamba_ssm
 
 
 def has_fused_conv() -> bool:

@@ -105,16 +105,25 @@ def find_sides(options: argparse.Namespace) -> tuple[dict[str, Callable], str | 
     sides: dict[str, Callable] = {"ours": functools.partial(scan, backend="triton")}
     if options.no_peer:
         return sides, None
+    mamba_ssm = import_peer()
+    if mamba_ssm is None:
+        return sides, None
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as theirs
+
+    sides["peer"] = functools.partial(theirs, chunk_size=256, dt_softplus=True)
+    return sides, f"mamba_ssm {mamba_ssm.__version__}"
+
+
+def import_peer() -> types.ModuleType | None:
+    """mamba_ssm, None where it cannot be imported."""
     # the package imports its selective scan, which nothing here calls
     sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
     try:
         import mamba_ssm
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as theirs
     except ImportError as error:
         print(f"without mamba_ssm: {error}", file=sys.stderr)
-        return sides, None
-    sides["peer"] = functools.partial(theirs, chunk_size=256, dt_softplus=True)
-    return sides, f"mamba_ssm {mamba_ssm.__version__}"
+        return None
+    return mamba_ssm
 
 
 def make_inputs(

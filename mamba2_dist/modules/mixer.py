@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class Mamba2Mixer(PartitionedModule):
         super().__init__()
         groups = groups or ParallelGroups()
         d_inner, nheads = config.d_inner(d_model), config.nheads(d_model)
-        check_choice("recompute", recompute, ("none", "conv", "inner"))
+        check_choice("recompute", recompute, get_args(Recompute))
         self.config, self.cp, self.state_scan, self.recompute = config, groups.cp, state_scan, recompute
         self.share = share = mamba2_partition(
             d_inner=d_inner, nheads=nheads, ngroups=config.ngroups, d_state=config.d_state,

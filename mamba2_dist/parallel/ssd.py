@@ -68,7 +68,8 @@ def ssd_over_segments(
     B, C: (batch, seqlen/cp, ngroups/tp, d_state). Returns y like x, and what gives the same y of the same x, B and C
     again without communicating.
     """
-    local = table.local(group.rank)
+    # what is returned must not hold x, B or C themselves
+    local, shape = table.local(group.rank), x.shape
 
     def span_of(x: Tensor, B: Tensor, C: Tensor) -> SSDSpan:
         flat = [tensor.flatten(0, 1)[None] for tensor in (x, dt, B, C)]
@@ -83,9 +84,8 @@ def ssd_over_segments(
         entering, into = _entering(span, local, table, group, scan), local.first.flatten()
 
     def outputs(span: SSDSpan) -> Tensor:
-        return span.scan(entering, into=into, final_states=False)[0].view(x_shape)
+        return span.scan(entering, into=into, final_states=False)[0].view(shape)
 
-    x_shape = x.shape
     return outputs(span), lambda x, B, C: outputs(span_of(x, B, C))
 
 

@@ -1,10 +1,11 @@
 """Every choice of a training run; wrong values are refused here."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from mamba2_dist.config import HybridConfig, ParallelConfig, check_choice_field, check_positive_fields, require
 from mamba2_dist.models.presets import PRESETS
+from mamba2_dist.modules.recompute import Recompute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class TrainConfig:
     """Windows at a time on one dp rank; None: all of its share. Less means gradient accumulation."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16": matrix products in bfloat16, parameters, states and sums in float32."""
-    recompute: Literal["none", "conv", "inner"] = "none"
+    recompute: Recompute = "none"
     """What Mamba-2 layers make again in the backward pass rather than keep: nothing, the convolution's results
     ("conv"), or all between their projections ("inner", the least memory)."""
     compile: bool = False
@@ -132,7 +133,7 @@ class TrainConfig:
         require(len(self.prompt) > 0, "prompt must not be empty; give it some text")
         require(self.sample_tokens >= 0, f"sample_tokens must not be below 0, got {self.sample_tokens}")
         check_choice_field(self, "precision", "fp32", "bf16")
-        check_choice_field(self, "recompute", "none", "conv", "inner")
+        check_choice_field(self, "recompute", *get_args(Recompute))
         check_choice_field(self, "device", "auto", "cpu", "cuda")
         require(
             self.preset is None or self.preset in PRESETS,
@@ -145,6 +146,10 @@ class TrainConfig:
         require(
             self.architecture.vocab_size > 256,
             f"model.vocab_size must be above 256 (all bytes and an end mark), got {self.architecture.vocab_size}",
+        )
+        require(
+            self.recompute == "none" or "M" in self.architecture.pattern,
+            f"recompute ({self.recompute}) is for Mamba-2 layers, and the pattern has none; leave it at none",
         )
         require(
             self.schedule.warmup_steps < self.steps,

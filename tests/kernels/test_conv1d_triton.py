@@ -70,7 +70,7 @@ def check(tensors, **options):
         assert_close(result, expected[name], KERNELS[result.dtype], name)
 
 
-@pytest.mark.parametrize("width", [2, 3, 4, 8])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize(("seqlen", "channels"), [(1, 3), (15, 8), (33, 40)])
 def test_rows(place, width, seqlen, channels):
     check(draw(place, 2, seqlen, channels, width, 2), activation="silu")
