@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where runs are kept while they last; a temporary one unless it is given")
     parser.add_argument("--keys", nargs="*", default=[], help="further key=value for every run")
     options = parser.parse_args()
-    results = origin() | {"rows": [], "profile": []}
+    results = origin() | {"keys": options.keys, "rows": [], "profile": []}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, process_group("cuda") as device:
         for name in options.only:
             if name == "curves":
@@ -86,15 +86,11 @@ def pretrain(example: str, options, folder: Path, device: torch.device) -> tuple
 
 
 def compare_curves(options, folder: Path, device: torch.device) -> list[dict]:
-    """Losses of the 20M hybrid beside those of the run that recomputes and compiles nothing."""
+    """Losses of the 20M hybrid beside those of the run that recomputes and compiles nothing, itself run twice."""
     rows: list[dict] = []
-    for compiled, recompute in itertools.product(("false", "true"), ("none", "conv", "inner")):
-        keys = [
-            f"recompute={recompute}",
-            f"compile={compiled}",
-            "save_every=1000",
-            f"validate_every={options.curve_steps}",
-        ]
+    for compiled, recompute in [("false", "none"), *itertools.product(("false", "true"), ("none", "conv", "inner"))]:
+        rarely = ["save_every=1000", f"validate_every={options.curve_steps}"]
+        keys = [f"recompute={recompute}", f"compile={compiled}", *rarely]
         _, history = run("hybrid_20m", options.curve_steps, folder, device, options, *keys)
         losses = [row["loss"] for row in history if "loss" in row]
         first = rows[0]["losses"] if rows else losses
