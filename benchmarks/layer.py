@@ -33,7 +33,7 @@ def main() -> None:
     shapes = range(len(SHAPES))
     parser.add_argument("--only", type=int, nargs="+", choices=shapes, default=list(shapes), help="numbers of shapes")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rep", type=int, default=100, help="ms of calls in one round")
+    parser.add_argument("--rep", type=int, default=200, help="ms of calls in one round")
     parser.add_argument("--no-peer", action="store_true", help="leave mamba_ssm out")
     parser.add_argument("--plot-only", metavar="RESULTS", help="only draw a results file")
     options = parser.parse_args()
@@ -190,7 +190,8 @@ def measure_layer(shape, peer, options, *, want_profile: bool) -> tuple[list[dic
         )  # fmt: skip
     calls = {side: forward_backward(layer, [u], list(layer.parameters()), dy) for side, layer in layers.items()}
     calls["projections"] = projections(layers["none"], u, dy)
-    times = interleave(calls, options)
+    # matrix products draw so much power that clocks fall for a while; a training run is past that
+    times = interleave(calls, options, warmup=500)
     calls.pop("projections")
     torch.cuda.empty_cache()
     peaks = {side: peak(call, [u, *layers[side].parameters()]) for side, call in calls.items()}

@@ -188,20 +188,20 @@ def measure(shape, sides, tensors, dy, copy_TB_per_s, options, notes) -> list[di
     return rows
 
 
-def milliseconds(call: Call, rep: int) -> float:
-    """Median of calls, each after the L2 cache was flushed."""
+def milliseconds(call: Call, rep: int, warmup: int = 25) -> float:
+    """Median of calls, each after the L2 cache was flushed; rep and warmup in ms."""
     from triton.testing import do_bench
 
-    return do_bench(call, rep=rep, return_mode="median")
+    return do_bench(call, warmup=warmup, rep=rep, return_mode="median")
 
 
-def interleave(calls: dict[str, Call | None], options: argparse.Namespace) -> dict[str, float | None]:
+def interleave(calls: dict[str, Call | None], options: argparse.Namespace, warmup: int = 25) -> dict[str, float | None]:
     """Median over rounds of each side's medians in ms, the sides taking turns."""
     times = {side: [] for side in calls}
     for _ in range(options.rounds):
         for side, call in calls.items():
             if call is not None:
-                times[side].append(milliseconds(call, options.rep))
+                times[side].append(milliseconds(call, options.rep, warmup))
     return {side: statistics.median(each) if each else None for side, each in times.items()}
 
 
