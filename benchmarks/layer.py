@@ -256,7 +256,7 @@ def plot(results: dict) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for axes, what in ((left, "layer fwd+bwd"), (right, "layer peak memory")):
         rows = [row for row in results["rows"] if row["what"] == what]
         cases = list(dict.fromkeys(row["case"].rpartition(", recompute")[0] for row in rows))
@@ -272,7 +272,7 @@ def plot(results: dict) -> None:
     left.axhline(1, color="grey", lw=0.8)
     left.set(ylabel="time over its projections alone")
     right.set(ylabel="peak GiB, activations and gradients")
-    left.legend(fontsize=7)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(f"forward and backward, bf16; {results['device']}, torch {results['torch']}", fontsize=10)
     path = Path(os.environ.get("OUT") or ROOT / "docs") / "layer.png"
     figure.savefig(path, dpi=120)

@@ -10,6 +10,7 @@ checkpoint while a 1.3B model runs.
 import argparse
 import gc
 import itertools
+import os
 import shutil
 import statistics
 import tempfile
@@ -25,6 +26,7 @@ from mamba2_dist.train.runtime import process_group
 from mamba2_dist.train.trainer import Trainer
 
 MODELS = ("mamba2_1_3b", "hybrid_1_3b")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch wants it of deterministic algorithms
 
 
 def main() -> None:
@@ -88,6 +90,8 @@ def pretrain(example: str, options, folder: Path, device: torch.device) -> tuple
 def compare_curves(options, folder: Path, device: torch.device) -> list[dict]:
     """Losses of the 20M hybrid beside those of the run that recomputes and compiles nothing, itself run twice."""
     rows: list[dict] = []
+    # the backward pass of flash attention adds in any order otherwise
+    torch.use_deterministic_algorithms(True)
     for compiled, recompute in [("false", "none"), *itertools.product(("false", "true"), ("none", "conv", "inner"))]:
         rarely = ["save_every=1000", f"validate_every={options.curve_steps}"]
         keys = [f"recompute={recompute}", f"compile={compiled}", *rarely]
@@ -100,6 +104,7 @@ def compare_curves(options, folder: Path, device: torch.device) -> list[dict]:
             "peer_name": "recompute none, compile false" if rows else None, "ratio": None, "unit": "nats per token",
             "largest_difference": max(abs(a - b) / b for a, b in zip(losses, first, strict=True)), "losses": losses,
         })  # fmt: skip
+    torch.use_deterministic_algorithms(False)
     return rows
 
 
