@@ -35,6 +35,9 @@ def process_group(device_choice: str) -> Iterator[torch.device]:
         yield device
     finally:
         dist.destroy_process_group()
+        # gloo's threads let go of the last collective's tensors under Python's lock; one that comes to that while the
+        # interpreter ends aborts the process (https://github.com/pytorch/pytorch/issues/190489)
+        time.sleep(0.1)
 
 
 def use_gpus(device_choice: str, processes: int) -> bool:
