@@ -1,6 +1,6 @@
 """A Mamba-2 layer and its parts on one GPU in bfloat16: time and memory against its projections alone and mamba_ssm.
 
-    python benchmarks/layer.py [--only 0 2] [--rounds 3] [--rep 100] [--no-peer]
+    python benchmarks/layer.py [--only 0 2] [--rounds 3] [--rep 200] [--no-peer]
     python benchmarks/layer.py --plot-only benchmarks/results/layer-h100.json
 
 Prints a table and writes benchmarks/results/layer-<device>.json and docs/layer.png, both into $OUT where it is set.
@@ -85,8 +85,8 @@ def forward_backward(function: Callable, inputs: list[Tensor], parameters: list[
     return call
 
 
-def leaf(*shape: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, **BF16) * scale).requires_grad_()
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, **BF16, requires_grad=True)
 
 
 def operator_row(what, case, calls, floor_bytes, copy_TB_per_s, peer_name, options) -> dict:
@@ -109,10 +109,10 @@ def measure_conv(peer, copy_TB_per_s, options) -> dict:
     calls = {"ours": forward_backward(ours, [x, weight, bias], [], dy)}
     name = None
     if peer and has_fused_conv():
-        from causal_conv1d import causal_conv1d_fn
+        import causal_conv1d as package
 
-        name = "causal_conv1d"
-        theirs = lambda x, w, b: causal_conv1d_fn(x.transpose(1, 2), w, b, activation="silu").transpose(1, 2)  # noqa: E731
+        name, function = f"causal_conv1d {package.__version__}", package.causal_conv1d_fn
+        theirs = lambda x, w, b: function(x.transpose(1, 2), w, b, activation="silu").transpose(1, 2)  # noqa: E731
         calls["peer"] = forward_backward(theirs, [x, weight, bias], [], dy)
     return operator_row("conv1d fwd+bwd", "8x4096, 5376 channels", calls, 5 * x.nbytes, copy_TB_per_s, name, options)
 

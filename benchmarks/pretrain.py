@@ -2,8 +2,9 @@
 and loss curves of a 20M hybrid for every `recompute`, compiled and not.
 
     python benchmarks/pretrain.py [--steps 50] [--only mamba2_1_3b hybrid_1_3b curves] [--folder FOLDER]
+        [--curve-steps 50] [--keys micro_batch=4]
 
-Prints a table and writes benchmarks/results/pretrain-<device>.json, into $OUT where it is set. FOLDER holds a 16 GB
+Prints results and writes benchmarks/results/pretrain-<device>.json, into $OUT where it is set. FOLDER holds a 16 GB
 checkpoint while a 1.3B model runs.
 """
 

@@ -196,6 +196,7 @@ CALLS = [
     (lambda: _scan(cu_seqlens=torch.tensor([0, 6]), seq_idx=torch.zeros(1, 6)), "give one of them"),
     (lambda: _scan(backend="cuda"), "backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
     (lambda: causal_conv1d(torch.zeros(2, 6, 4), torch.zeros(3, 4)), "weight must have shape"),
+    (lambda: causal_conv1d(torch.zeros(2, 6, 4), torch.zeros(4, 0)), "width must be above 0"),
     (lambda: causal_conv1d(torch.zeros(2, 6, 4), torch.zeros(4, 4), torch.zeros(3)), "bias must have shape"),
     (lambda: causal_conv1d_split(torch.zeros(1, 6, 4), torch.zeros(5, 4), None, [3, 2]), "together at most those of x"),
     (lambda: gated_rmsnorm(torch.zeros(2, 6), torch.zeros(6, device="meta"), eps=1e-5), "on the device of x"),

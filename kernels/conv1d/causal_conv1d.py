@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.backend import Backend, takes_triton
-from ..common.checks import check_choice, check_device, check_ndim, check_shape
+from ..common.checks import check_choice, check_device, check_ndim, check_positive, check_shape
 from ..common.documents import Documents
 
 
@@ -124,6 +124,7 @@ def _check(x, weight, bias, sizes, initial_state, seq_idx, cu_seqlens, activatio
         )
     check_ndim("weight", weight, "(channels, width)")
     check_shape("weight", weight, (channels, weight.shape[1]), "(channels, width)")
+    check_positive("width", weight.shape[1])
     for name, tensor in {"weight": weight, "bias": bias, "initial_state": initial_state}.items():
         if tensor is not None:
             check_device(name, tensor, x.device)

@@ -43,8 +43,8 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return kept[key][1]
 
 
-def _autocast_dtype(u: Tensor) -> torch.dtype:
-    """What products with `u` are computed in."""
+def autocast_dtype(u: Tensor) -> torch.dtype:
+    """What is computed from `u` and weights: that of autocast, where it is on and takes such a u."""
     device = u.device.type
     cast = torch.is_autocast_enabled(device) and u.dtype != torch.float64
     return torch.get_autocast_dtype(device) if cast else u.dtype
@@ -86,7 +86,7 @@ class _FirstRows(torch.autograd.Function):
 
 def linear(u: Tensor, weight: Tensor) -> Tensor:
     """u W^T, (batch, seqlen, d_in) -> (batch, seqlen, d_out), in the dtype of autocast where that is on."""
-    u = u.to(_autocast_dtype(u))
+    u = u.to(autocast_dtype(u))
     if u.dtype == weight.dtype:
         return F.linear(u, weight)
     return _FirstRows.apply(u, weight, _cast(weight, u.dtype), len(weight))
@@ -150,7 +150,7 @@ class ColumnParallelLinear(PartitionedModule):
         What is computed second is the first to free its gradient, as it has become part of those of u and W by then.
         """
         u, weight = self._factors(u)
-        u = u.to(_autocast_dtype(u))
+        u = u.to(autocast_dtype(u))
         cast = _cast(weight, u.dtype)
         last, u, weight = _LastRows.apply(u, weight, cast, first)
         return last, lambda: _FirstRows.apply(u, weight, cast, first)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from mamba2_dist.kernels.norm import add_rmsnorm, gated_rmsnorm
@@ -13,6 +12,7 @@ from mamba2_dist.parallel.partition import Partition, replicated
 
 from . import init
 from .base import PartitionedModule
+from .linear import autocast_dtype
 
 
 class RMSNorm(PartitionedModule):
@@ -28,8 +28,7 @@ class RMSNorm(PartitionedModule):
     def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(..., width) -> the norm of x + added, in the dtype of autocast where that is on, and the sum."""
         weight = replicate(self.weight, self.tp) if self.sequence_parallel else self.weight
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = autocast_dtype(x)
         if added is None:
             return gated_rmsnorm(x, weight, eps=self.eps, dtype=dtype), x
         return add_rmsnorm(x, added, weight, eps=self.eps, dtype=dtype)

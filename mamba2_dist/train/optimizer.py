@@ -59,7 +59,7 @@ def gradient_norm(model: nn.Module, groups: ParallelGroups, *, sharded: bool) ->
         by_replicas.setdefault(replicas, []).append(piece)
     total = torch.zeros(1, device=next(model.parameters()).device)
     for replicas, pieces in by_replicas.items():
-        total = total + torch.stack(torch._foreach_norm(pieces)).square().sum().float() / replicas
+        total = total + nn.utils.get_total_norm(pieces).square().float() / replicas
     total = sum_over(total, groups.tp)
     return (sum_over(total, groups.data) if sharded else total).sqrt()[0]
 

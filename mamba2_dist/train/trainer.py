@@ -213,7 +213,7 @@ class Trainer:
         first = samples + self.groups.dp.rank * self.share
         return [self.corpus.train.ordered(first + i, self.config.seed) for i in range(self.share)]
 
-    def _batch(self, samples: int) -> "Batch":
+    def _batch(self, samples: int) -> Batch:
         """This rank's part of the global batch after `samples` windows."""
         windows = self._training_windows(samples)
         begins = range(0, self.share, self.micro)
@@ -245,7 +245,7 @@ class Trainer:
             cast(FSDPModule, self.model).set_requires_gradient_sync(now)
         yield
 
-    def _speed(self, started: float, batch: "Batch") -> dict:
+    def _speed(self, started: float, batch: Batch) -> dict:
         """Tokens per second of the whole run and, where the device's peak is known, the share of it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()

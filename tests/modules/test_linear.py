@@ -5,6 +5,7 @@ import torch
 from mamba2_dist import ParallelGroups
 from mamba2_dist.modules import init, linear
 from mamba2_dist.modules.linear import ColumnParallelLinear, cast_once
+from mamba2_dist.modules.norm import RMSNorm
 from mamba2_dist.parallel.partition import replicated
 
 from ..tolerances import RELATIVE, assert_close
@@ -54,3 +55,14 @@ def test_a_weight_is_cast_once(monkeypatch):
         layer.weight.zero_()
     with torch.autocast("cpu", torch.bfloat16), cast_once():
         assert not layer(u).any()
+
+
+def test_autocast_leaves_float64_alone():
+    layer = _layer().double()
+    norm = RMSNorm(8, 1e-5, ParallelGroups.alone().tp, dtype=torch.float64)
+    with torch.no_grad():
+        norm.weight.fill_(2.0)
+    u = torch.randn(1, 3, 8, dtype=torch.float64)
+    expected = layer(norm(u)[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(norm(u)[0]), expected)

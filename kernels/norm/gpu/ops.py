@@ -34,7 +34,7 @@ def tiles_for(group_size: int, ahead: int = 0) -> Tiles:
     """Tiles that cover a group with few idle lanes. ahead: bytes of a channel in the backward pass, where a program of
     8 warps takes a processor's registers and therefore reads ahead; 0 in the forward pass, where programs are many.
 
-    Measured on an H100 at 2560 and 5120 channels (docs/kernels.md).
+    Measured on an H100 at 2560 and 5120 channels (docs/layer.md).
     """
     block = min(triton.next_power_of_2(group_size), 1024)
     while block > 128 and -(-group_size // block) * block > group_size + group_size // 16:
