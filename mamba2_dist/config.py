@@ -49,7 +49,8 @@ class Mamba2Config:
     d_conv: int = 4
     """Width of the causal convolution."""
     chunk_size: int = 256
-    """Tokens per chunk of the scan; changes speed and rounding, not the result."""
+    """Tokens per chunk of the scan where PyTorch computes it; kernels have their own. Changes speed and rounding, not
+    the result."""
     norm_before_gate: bool = False
     """Normalise before the gate silu(z) rather than after it."""
     D_has_hdim: bool = False

@@ -1,12 +1,13 @@
 """The language model: embedding, hybrid stack, norm, head."""
 
 from collections.abc import Iterator
-from typing import cast
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mamba2_dist.config import HybridConfig, ParallelConfig
+from mamba2_dist.kernels.common.checks import check_choice, check_ndim
 from mamba2_dist.modules.base import initialize
 from mamba2_dist.modules.block import Block, hybrid_layers
 from mamba2_dist.modules.embedding import VocabParallelEmbedding, VocabParallelHead, vocab_parallel_logits
@@ -22,6 +23,14 @@ def check_split(config: HybridConfig, tp: int) -> None:
     groups = ParallelGroups.alone()
     groups.tp = Group("tp", tuple(range(tp)))
     HybridModel(config, groups, ParallelConfig(tp=tp), device="meta")
+
+
+def _check_range(name: str, values: Tensor, not_below: Tensor, vocab_size: int) -> None:
+    right, rule = not_below & (values < vocab_size), f"{name} must lie in [0, vocab_size = {vocab_size})"
+    if values.device.type != "cpu":
+        torch._assert_async(right.all(), rule)  # raised by the device, for which nothing waits
+    elif not right.all():
+        raise ValueError(f"{rule}, got {int(values[~right][0])}")
 
 
 class Backbone(nn.Module):
@@ -85,6 +94,7 @@ class HybridModel(nn.Module):
                 raise ValueError(f"parallel.{name} ({getattr(parallel, name)}) must equal the groups' {name} ({size})")
         if groups.pp.size > 1:
             raise ValueError(f"pp must be 1, got {groups.pp.size}; pipelines need a pipeline engine")
+        check_choice("recompute", recompute, get_args(Recompute))
         self.config, self.groups, self.parallel, self.compiled = config, groups, parallel, compiled
         factory = {"device": device, "dtype": dtype}
         self.backbone = Backbone(config, groups, parallel, recompute=recompute, compiled=compiled, **factory)
@@ -120,6 +130,10 @@ class HybridModel(nn.Module):
         """Logits after one more token, (batch, 1) -> (batch, 1, vocab_size/tp); `cache` is brought up to date."""
         if self.parallel.sequence_parallel or self.groups.cp.size > 1:
             raise ValueError("step takes one token at a time: cp must be 1 and sequence_parallel off")
+        if tokens.ndim != 2 or tokens.shape[1] != 1:
+            raise ValueError(
+                f"step takes one token at a time: tokens must have shape (batch, 1), got {tuple(tokens.shape)}"
+            )
         x = self.backbone.embedding(tokens)
         for layer, memory in zip(self.backbone.blocks(), cache, strict=True):
             x = layer.step(x, memory)
@@ -133,23 +147,14 @@ class HybridModel(nn.Module):
 
     def _check(self, tokens: Tensor, labels: Tensor | None, segments: SegmentTable) -> None:
         cp, tp, vocab_size = self.groups.cp, self.groups.tp, self.config.vocab_size
-        if segments.ranks != cp.size:
-            raise ValueError(f"the segment table is made for {segments.ranks} ranks, cp is {cp.size}")
-        length = segments.local(cp.rank).length
-        if tuple(tokens.shape) != (segments.batch, length):
-            raise ValueError(
-                f"tokens must have shape (batch, this rank's tokens) = {(segments.batch, length)}, "
-                f"got {tuple(tokens.shape)}"
-            )
+        check_ndim("tokens", tokens, "(batch, seqlen/cp)")
+        segments.check("tokens", tokens, cp.rank, cp.size)
         if labels is not None and labels.shape != tokens.shape:
             raise ValueError(f"labels must have the shape of tokens {tuple(tokens.shape)}, got {tuple(labels.shape)}")
-        if tokens.device.type == "cpu":  # a device would have to be waited for
-            asked = tokens[:0] if labels is None else labels[labels != IGNORED]
-            for name, values in (("tokens", tokens), ("labels", asked)):
-                wrong = values[(values < 0) | (values >= vocab_size)]
-                if wrong.numel():
-                    raise ValueError(f"{name} must lie in [0, vocab_size = {vocab_size}), got {int(wrong[0])}")
-        if self.parallel.sequence_parallel and length % tp.size != 0:
+        _check_range("tokens", tokens, tokens >= 0, vocab_size)
+        if labels is not None:
+            _check_range("labels", labels, (labels >= 0) | (labels == IGNORED), vocab_size)
+        if self.parallel.sequence_parallel and tokens.shape[1] % tp.size != 0:
             raise ValueError(
-                f"tokens of a cp rank ({length}) must be divisible by tp ({tp.size}) for sequence_parallel"
+                f"tokens of a cp rank ({tokens.shape[1]}) must be divisible by tp ({tp.size}) for sequence_parallel"
             )

@@ -62,6 +62,7 @@ def initialize(model: nn.Module, seed: int) -> None:
             shape[partition.dim] = part.size
             digest = hashlib.blake2b(f"{seed}/{whole_name(name, part.name)}".encode(), digest_size=7).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-            whole = record.initializer(tuple(shape), generator)
+            with torch.device("cpu"):  # a default device would not suit the generator
+                whole = record.initializer(tuple(shape), generator)
             mine = whole.narrow(partition.dim, part.start, part.length)
             parameter.narrow(partition.dim, offset, part.length).copy_(mine)

@@ -43,6 +43,11 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return kept[key][1]
 
 
+def _to_keep(weight: Tensor, cast: Tensor) -> Tensor:
+    """What is saved for backward: the cast only where it is kept anyway, as FSDP lets go of weights meanwhile."""
+    return weight if _casts.get() is None else cast
+
+
 def autocast_dtype(u: Tensor) -> torch.dtype:
     """What is computed from `u` and weights: that of autocast, where it is on and takes such a u."""
     device = u.device.type
@@ -51,14 +56,16 @@ def autocast_dtype(u: Tensor) -> torch.dtype:
 
 
 def _weight_gradient(dy: Tensor, u: Tensor, out: Tensor) -> None:
-    """dy^T u into `out`, which may be wider: nothing is rounded on the way."""
+    """dy^T u into `out`, of whatever dtype: nothing is rounded on the way."""
     dy, u = dy.flatten(0, -2), u.flatten(0, -2)
     if out.dtype == u.dtype:
         torch.mm(dy.T, u, out=out)
     elif u.is_cuda and out.dtype == torch.float32:
         torch.mm(dy.T, u, out_dtype=torch.float32, out=out)
     else:
-        out.copy_(dy.T.to(out.dtype) @ u.to(out.dtype))
+        wide = torch.promote_types(out.dtype, u.dtype)
+        with torch.autocast(u.device.type, enabled=False):
+            out.copy_(dy.T.to(wide) @ u.to(wide))
 
 
 class _FirstRows(torch.autograd.Function):
@@ -67,7 +74,7 @@ class _FirstRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, weight, cast, first):
-        ctx.save_for_backward(u, cast)
+        ctx.save_for_backward(u, _to_keep(weight, cast))
         ctx.first, ctx.weight_dtype = first, weight.dtype
         return F.linear(u, cast[:first])
 
@@ -77,9 +84,11 @@ class _FirstRows(torch.autograd.Function):
         u, weight = ctx.saved_tensors
         du = d_weight = None
         if ctx.needs_input_grad[0]:
-            du = dy @ weight[: ctx.first]
+            du = dy @ weight[: ctx.first].to(u.dtype)
         if ctx.needs_input_grad[1]:
             d_weight = torch.empty_like(weight, dtype=ctx.weight_dtype)
+            if torch.is_anomaly_enabled():
+                d_weight[ctx.first :] = 0  # or what is not written would be taken for a result
             _weight_gradient(dy, u, d_weight[: ctx.first])
         return du, d_weight, None, None
 
@@ -100,7 +109,7 @@ class _LastRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, weight, cast, first):
-        ctx.save_for_backward(u, cast)
+        ctx.save_for_backward(u, _to_keep(weight, cast))
         ctx.first = first
         return F.linear(u, cast[first:]), u.view_as(u), weight.view_as(weight)
 
@@ -110,7 +119,7 @@ class _LastRows(torch.autograd.Function):
         u, weight = ctx.saved_tensors
         # these two are `_FirstRows`'s alone, and come to nobody else
         if ctx.needs_input_grad[0]:
-            du.view(-1, u.shape[-1]).addmm_(dy.flatten(0, -2), weight[ctx.first :])
+            du.view(-1, u.shape[-1]).addmm_(dy.flatten(0, -2), weight[ctx.first :].to(u.dtype))
         if ctx.needs_input_grad[1]:
             _weight_gradient(dy, u, d_weight[ctx.first :])
         return du, d_weight, None, None

@@ -105,6 +105,7 @@ class Mamba2Mixer(PartitionedModule):
                 raise ValueError(f"segments must be given when cp ({self.cp.size}) is above 1")
             segments = SegmentTable.contiguous(u.shape[1], 1, batch=u.shape[0])
         xBCdt, z = self._project(u)
+        segments.check("u", xBCdt, self.cp.rank, self.cp.size)  # a shard of u has been gathered by now
         if self.recompute == "none" or not torch.is_grad_enabled():
             (x, B, C, dt), _ = self.conv1d(xBCdt, segments)
             y, _ = self._scan(x, B, C, dt, segments)

@@ -5,7 +5,7 @@ that are kept, and never communicates: what came from other ranks is among those
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,16 +49,36 @@ class Again:
         return self.recipe.take(self.index, self.may_write).as_strided(*self.view)
 
 
+class Kept:
+    """A tensor as autograd keeps it where there are no hooks: it must not change meanwhile."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor, self.version = tensor, tensor._version
+
+    def __call__(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self.tensor.shape)} that the backward pass needs was modified by an inplace "
+                f"operation: it is at version {self.tensor._version}, expected {self.version}"
+            )
+        return self.tensor
+
+
 class Forgetful(torch.autograd.graph.saved_tensors_hooks):
-    """Inside this context autograd saves recipes in the place of the tensors that have one."""
+    """Inside this context autograd saves recipes in the place of the tensors that have one.
+
+    Raises ValueError inside other hooks for saved tensors, which would have no effect.
+    """
 
     def __init__(self):
-        super().__init__(
-            lambda tensor: self._pack(tensor, may_write=True), lambda kept: kept() if isinstance(kept, Again) else kept
-        )
+        super().__init__(self._keep, lambda kept: kept())
         self.known: dict[int, tuple[_Recipe, int]] = {}
 
     def __enter__(self) -> "Forgetful":  # type: ignore[override]
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            raise ValueError(
+                "recompute must be 'none' inside torch.utils.checkpoint, save_on_cpu and other hooks for saved tensors"
+            )
         super().__enter__()
         return self
 
@@ -81,12 +101,14 @@ class Forgetful(torch.autograd.graph.saved_tensors_hooks):
 
     def again(self, tensor: Tensor) -> Callable[[], Tensor]:
         """What gives a forgotten tensor to another recipe."""
-        kept = self._pack(tensor, may_write=False)
-        return kept if isinstance(kept, Again) else lambda: kept
+        return self._again(tensor, may_write=False) or (lambda: tensor)
 
-    def _pack(self, tensor: Tensor, may_write: bool) -> Any:
+    def _keep(self, tensor: Tensor) -> Callable[[], Tensor]:
+        return self._again(tensor, may_write=True) or Kept(tensor)
+
+    def _again(self, tensor: Tensor, may_write: bool) -> Again | None:
         recipe, index = self.known.get(_memory(tensor), (None, 0)) if tensor.numel() else (None, 0)
-        return tensor if recipe is None else Again(recipe, index, tensor, may_write)
+        return None if recipe is None else Again(recipe, index, tensor, may_write)
 
 
 def _memory(tensor: Tensor) -> int:

@@ -109,6 +109,17 @@ class SegmentTable:
             self._local[rank] = LocalSegments(self, rank)
         return self._local[rank]
 
+    def check(self, name: str, tensor: Tensor, rank: int, ranks: int) -> None:
+        """Raise ValueError unless the table is made for `ranks` and `tensor` is (batch, `rank`'s tokens, ...)."""
+        if self.ranks != ranks:
+            raise ValueError(f"the segment table is made for {self.ranks} ranks, cp is {ranks}")
+        expected = (self.batch, self.local(rank).length)
+        if tuple(tensor.shape[:2]) != expected:
+            raise ValueError(
+                f"{name} must have shape (batch, this rank's tokens) = {expected} by the segment table, got "
+                f"{tuple(tensor.shape[:2])}"
+            )
+
     def shard(self, tensor: Tensor, rank: int, dim: int = 1) -> Tensor:
         """`rank`'s tokens of a whole (batch, seqlen, ...) tensor, its segments in slot order."""
         if tensor.shape[dim] != self.seqlen:

@@ -13,10 +13,12 @@ from mamba2_dist.config import HybridConfig
 # dense bf16 matrix products, FLOP/s, from the vendors' data sheets
 PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
 
+CHUNK = 256  # tokens, as published
+
 
 def flops_per_token(config: HybridConfig) -> float:
-    """Forward FLOPs per token outside the attention scores: 2 per multiply-add of every matrix product, and the
-    causal half of each chunk's scores."""
+    """Forward FLOPs per token outside the attention scores: 2 per multiply-add of every matrix product, and of the SSD
+    operator in chunks of 256, the causal half of their scores, whatever chunks it is computed in."""
     d, mamba = config.d_model, config.mamba
     total = 2.0 * d * config.vocab_size
     for letter in config.pattern:
@@ -26,7 +28,7 @@ def flops_per_token(config: HybridConfig) -> float:
             total += 2 * d * (2 * d_inner + 2 * groups + nheads) + 2 * d_inner * d
             total += 2 * mamba.d_conv * (d_inner + 2 * groups)
             # C B^T and its product with x, half of each chunk; into the state and out of it
-            total += mamba.chunk_size * (groups + d_inner) + 4 * state
+            total += CHUNK * (groups + d_inner) + 4 * state
         elif letter == "*":
             nheads, nheads_kv = config.attention.heads(d)
             total += 2 * d * config.attention.head_dim * (2 * nheads + 2 * nheads_kv)

@@ -8,6 +8,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import cast
 
@@ -153,9 +154,11 @@ class Trainer:
     def _prepare_data(self) -> Path:
         """The folder of tokens, written by the first process and read by all."""
         vocab_size = self.config.architecture.vocab_size
+        waiting = dist.new_group(backend="gloo", timeout=timedelta(days=30))  # a large corpus takes hours
         if self.first:
             data.prepare(self.config.data, vocab_size)
-        dist.barrier()
+        dist.barrier(waiting)
+        dist.destroy_process_group(waiting)
         return data.prepare(self.config.data, vocab_size)
 
     def _wrap(self, model: HybridModel) -> nn.Module:

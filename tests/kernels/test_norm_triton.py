@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from mamba2_dist.kernels.norm import add_rmsnorm, gated_rmsnorm, gated_rmsnorm_reference
+from torch.utils.checkpoint import checkpoint
 
 from ..tolerances import KERNELS, assert_close
 from .test_conv1d_triton import PLACES
@@ -107,6 +108,16 @@ def test_of_a_sum(place, channels, mixed, unused):
     for result, reference in zip(grads, wide_grads, strict=True):
         # what is normalised is the sum as it was rounded
         assert_close(result, reference, max(KERNELS[result.dtype], KERNELS[dtype]))
+
+
+def test_checkpointed(place):
+    """Activation checkpointing allows what is saved to be read once."""
+    x, weight, z = (tensor.requires_grad_() for tensor in draw(place, 5, 24))
+    total = lambda x, z, weight: sum(add_rmsnorm(x, z, weight, eps=1e-5, backend="triton"))  # noqa: E731
+    for function, inputs in ((norm, (x, weight, z)), (total, (x, z, weight))):
+        expected = torch.autograd.grad(function(*inputs).sum(), inputs)
+        actual = torch.autograd.grad(checkpoint(function, *inputs, use_reentrant=False).sum(), inputs)
+        assert all(map(torch.equal, actual, expected))
 
 
 def test_operators(place):

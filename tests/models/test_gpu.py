@@ -1,5 +1,8 @@
 """A whole model on a GPU against float64 on the CPU, documents, zigzag and FlexAttention included."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -63,3 +66,22 @@ def test_recompute_gives_the_same_bits_in_less_memory():
     inner = 8192 * 1024 * 2  # bytes of z or x or y, to what the allocator rounds
     assert memory[0] - memory[1] >= 0.9 * inner
     assert memory[1] - memory[2] >= 1.8 * inner
+
+
+def test_a_default_device_changes_no_parameter():
+    with torch.device("cuda"):
+        model = HybridModel(CONFIG)
+    for actual, expected in zip(model.parameters(), HybridModel(CONFIG).parameters(), strict=True):
+        assert actual.is_cuda
+        assert torch.equal(actual.cpu(), expected)
+
+
+def test_labels_out_of_range_stop_the_device():
+    script = (
+        "import torch; from tests.models.test_gpu import *; tokens = torch.zeros(1, 8, dtype=torch.long, device='cuda')\n"
+        "HybridModel(CONFIG, device='cuda')(tokens, tokens - 1); torch.cuda.synchronize()"
+    )
+    # in a process of its own, whose GPU is lost to it
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "device-side assert" in result.stderr

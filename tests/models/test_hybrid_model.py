@@ -56,6 +56,8 @@ def test_generation_is_repeatable_and_stops():
         (lambda m: m(torch.full((1, 8), -100)), r"tokens must lie in \[0, vocab_size = 40\), got -100"),
         (lambda m: m(torch.zeros(1, 8, dtype=torch.long), torch.full((1, 8), 99)), "labels must lie in"),
         (lambda m: m(torch.zeros(2, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long)), "shape of tokens"),
+        (lambda m: m(torch.zeros(1, 8, 1, dtype=torch.long)), "tokens must have 2 axes"),
+        (lambda m: m.step(torch.zeros(1, 6, dtype=torch.long), m.new_cache(1)), r"shape \(batch, 1\), got \(1, 6\)"),
         (lambda m: generate(m, [], 3), "prompt must hold"),
         (lambda m: generate(m, [1], 3, top_k=0), "top_k not below 1"),
     ],

@@ -1,5 +1,6 @@
 """Products in a lower dtype than their weights': casts are made once where asked, weight gradients are not rounded."""
 
+import pytest
 import torch
 
 from mamba2_dist import ParallelGroups
@@ -8,7 +9,7 @@ from mamba2_dist.modules.linear import ColumnParallelLinear, cast_once
 from mamba2_dist.modules.norm import RMSNorm
 from mamba2_dist.parallel.partition import replicated
 
-from ..tolerances import RELATIVE, assert_close
+from ..tolerances import EXACT, RELATIVE, assert_close
 
 
 def _layer():
@@ -30,7 +31,8 @@ def test_in_two_is_the_whole():
         assert_close(result, reference, RELATIVE[torch.float32])
 
 
-def test_weight_gradients_are_not_rounded():
+@pytest.mark.parametrize("inside", [False, True], ids=["after autocast", "inside"])
+def test_weight_gradients_are_not_rounded(inside):
     layer, u = _layer(), torch.randn(1, 100, 8).bfloat16()
     dy = torch.randn(1, 100, 12).bfloat16()
     exact = torch.einsum("btn,btk->nk", dy.double(), u.double())
@@ -39,10 +41,41 @@ def test_weight_gradients_are_not_rounded():
         last, first = layer.in_two(u, 7)
         two = torch.cat([first(), last], -1)
     for y in (whole, two):
-        (gradient,) = torch.autograd.grad(y, layer.weight, dy)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            (gradient,) = torch.autograd.grad(y, layer.weight, dy)
         assert y.dtype == torch.bfloat16
         assert gradient.dtype == torch.float32
         assert_close(gradient, exact, RELATIVE[torch.float32])
+
+
+def test_gradients_of_narrow_weights_are_rounded_once():
+    layer, u = _layer().bfloat16(), torch.randn(1, 100, 8)
+    y = linear.linear(u, layer.weight)
+    dy = torch.randn(y.shape)
+    (gradient,) = torch.autograd.grad(y, layer.weight, dy)
+    exact = torch.einsum("btn,btk->nk", dy.double(), u.double())
+    assert_close(gradient, exact.bfloat16(), EXACT)
+
+
+def test_casts_are_not_kept_for_backward():
+    """A sharded weight is let go of after the forward pass; a cast of it would stay."""
+    layer, u, kept = _layer(), torch.randn(1, 3, 8).bfloat16(), []
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor),
+    ):
+        _, first = layer.in_two(u, 7)
+        layer(u), first()
+    memory = {tensor.untyped_storage().data_ptr() for tensor in kept}
+    assert memory == {tensor.untyped_storage().data_ptr() for tensor in (u, layer.weight)}
+
+
+def test_anomalies_are_not_seen_in_what_is_not_written(monkeypatch):
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **options: torch.full_like(*args, torch.nan, **options))
+    layer, u = _layer(), torch.randn(1, 3, 8)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        last, first = layer.in_two(u, 7)
+        (first().sum() + last.sum()).backward()
 
 
 def test_a_weight_is_cast_once(monkeypatch):

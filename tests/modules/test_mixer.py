@@ -36,6 +36,14 @@ def test_equals_its_definition(norm_before_gate):
     assert_close(mixer(u), y @ mixer.out_proj.weight.T, EXACT)
 
 
+def test_a_table_of_another_batch_is_refused():
+    u = torch.randn(4, 4, 16, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"u must have shape \(batch, this rank's tokens\) = \(2, 8\)"):
+        _mixer()(u, SegmentTable.contiguous(8, 1, batch=2))
+    with pytest.raises(ValueError, match="made for 2 ranks, cp is 1"):
+        _mixer()(u, SegmentTable.contiguous(4, 2, batch=4))
+
+
 def test_step_equals_forward():
     mixer, u = _mixer(), torch.randn(2, 11, 16, dtype=torch.float64)
     cache = mixer.new_cache(2)

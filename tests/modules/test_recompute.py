@@ -3,9 +3,11 @@
 import importlib
 import shutil
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from mamba2_dist import HybridConfig, HybridModel, Mamba2Config, Mamba2Mixer, SegmentTable
 from mamba2_dist.modules.recompute import Forgetful
@@ -71,6 +73,26 @@ def test_backward_frees_what_was_saved(recompute):
     del y
     loss.backward()
     assert kept[0]() is None
+
+
+@pytest.mark.parametrize("recompute", ["none", "conv", "inner"])
+def test_a_weight_changed_before_backward_is_noticed(recompute):
+    mixer = Mamba2Mixer(Mamba2Config(d_state=6, headdim=4), 16, recompute=recompute)
+    for parameter in (mixer.out_proj.weight, mixer.conv1d.weight):
+        loss = mixer(torch.randn(2, 9, 16, requires_grad=True)).sum()
+        with torch.no_grad():
+            parameter.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_other_hooks_are_not_ignored():
+    for recompute in ("none", "conv"):
+        mixer = Mamba2Mixer(Mamba2Config(d_state=6, headdim=4), 16, recompute=recompute)
+        u = torch.randn(2, 9, 16, requires_grad=True)
+        with pytest.raises(ValueError, match="must be 'none'") if recompute != "none" else nullcontext():
+            checkpoint(mixer, u, use_reentrant=False).sum().backward()
+        assert (u.grad is not None) == (recompute == "none")
 
 
 def test_what_is_forgotten_is_freed():

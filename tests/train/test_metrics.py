@@ -7,23 +7,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mamba2_dist import AttentionConfig, HybridConfig, HybridModel, Mamba2Config
 from mamba2_dist.config import MLPConfig
-from mamba2_dist.train.metrics import History, attention_flops, flops_per_token, plot_loss, read_history
+from mamba2_dist.train.metrics import CHUNK, History, attention_flops, flops_per_token, plot_loss, read_history
 
 
 @pytest.mark.parametrize("pattern", ["M", "*", "-", "M*-M"])
 def test_flops_against_torch(pattern):
     config = HybridConfig(
         pattern=pattern, d_model=64, vocab_size=96,
-        mamba=Mamba2Config(d_state=16, headdim=16, ngroups=2, chunk_size=32),
+        mamba=Mamba2Config(d_state=16, headdim=16, ngroups=2, chunk_size=CHUNK),
         attention=AttentionConfig(head_dim=16, nheads_kv=4), mlp=MLPConfig(activation="relu2"),
     )  # fmt: skip
-    model, seqlen = HybridModel(config), 128
+    model, seqlen = HybridModel(config), 2 * CHUNK
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(1, seqlen, dtype=torch.long))
     counted = counter.get_total_flops()
     ours = seqlen * flops_per_token(config) + attention_flops(config, [[0, seqlen]])
     # torch counts whole squares of scores, we the causal half; it does not count the convolution's products
-    halves = seqlen * config.mamba.chunk_size * (2 * 16 + 128) * pattern.count("M")
+    halves = seqlen * CHUNK * (2 * 16 + 128) * pattern.count("M")
     diagonal = 4 * pattern.count("*") * 64 * seqlen / 2
     halves += (attention_flops(config, [[0, seqlen]]) - diagonal) - diagonal if "*" in pattern else 0
     convolution = seqlen * 2 * 4 * (128 + 64) * pattern.count("M")

@@ -2,13 +2,17 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout, default_pg_timeout
 
+from mamba2_dist.train import data
 from mamba2_dist.train.metrics import read_history
 from mamba2_dist.train.trainer import Trainer
 
@@ -132,6 +136,28 @@ def test_resuming_changes_no_digit(tmp_path, options):
     assert resumed["first"] == 4
     assert resumed["loss"] == whole["loss"]
     assert resumed["norm"] == whole["norm"]
+
+
+def _prepare_slowly(folder: Path) -> None:
+    config, prepare = small_run(folder), data.prepare
+
+    def slowly(*arguments):
+        if not Path(config.data.cache).exists():
+            time.sleep(2)
+        return prepare(*arguments)
+
+    try:
+        data.prepare = slowly
+        _set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+        Trainer(config, Path(config.out), torch.device("cpu"))
+    finally:
+        data.prepare = prepare
+        _set_pg_timeout(default_pg_timeout, dist.group.WORLD)
+
+
+def test_a_large_corpus_may_take_longer_than_a_collective(tmp_path):
+    small_run(tmp_path)
+    run_ranks(2, _prepare_slowly, tmp_path)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):

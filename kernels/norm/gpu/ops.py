@@ -230,8 +230,9 @@ class _GatedNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, _):
-        dx, dweight, dz = call(gated_rmsnorm_backward, dy, *ctx.saved_tensors, *ctx.options)
-        return dx, dweight, None if ctx.saved_tensors[2] is None else dz, None, None, None, None
+        x, weight, z, scale = ctx.saved_tensors
+        dx, dweight, dz = call(gated_rmsnorm_backward, dy, x, weight, z, scale, *ctx.options)
+        return dx, dweight, None if z is None else dz, None, None, None, None
 
 
 @operator
