@@ -78,10 +78,12 @@ def test_a_default_device_changes_no_parameter():
 
 def test_labels_out_of_range_stop_the_device():
     script = (
-        "import torch; from tests.models.test_gpu import *; tokens = torch.zeros(1, 8, dtype=torch.long, device='cuda')\n"
-        "HybridModel(CONFIG, device='cuda')(tokens, tokens - 1); torch.cuda.synchronize()"
+        "from tests.models.test_gpu import *\n"
+        "tokens = torch.zeros(1, 8, dtype=torch.long, device='cuda')\n"
+        "HybridModel(CONFIG, device='cuda')(tokens, tokens - 1)\n"
+        "torch.cuda.synchronize()"
     )
-    # in a process of its own, whose GPU is lost to it
+    # a process of its own, as it can use its GPU no more
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode != 0
     assert "device-side assert" in result.stderr
