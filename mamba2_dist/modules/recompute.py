@@ -49,7 +49,7 @@ class Again:
         return self.recipe.take(self.index, self.may_write).as_strided(*self.view)
 
 
-class Kept:
+class _Saved:
     """A tensor as autograd keeps it where there are no hooks: it must not change meanwhile."""
 
     def __init__(self, tensor: Tensor):
@@ -101,12 +101,12 @@ class Forgetful(torch.autograd.graph.saved_tensors_hooks):
 
     def again(self, tensor: Tensor) -> Callable[[], Tensor]:
         """What gives a forgotten tensor to another recipe."""
-        return self._again(tensor, may_write=False) or (lambda: tensor)
+        return self._find(tensor, may_write=False) or (lambda: tensor)
 
     def _keep(self, tensor: Tensor) -> Callable[[], Tensor]:
-        return self._again(tensor, may_write=True) or Kept(tensor)
+        return self._find(tensor, may_write=True) or _Saved(tensor)
 
-    def _again(self, tensor: Tensor, may_write: bool) -> Again | None:
+    def _find(self, tensor: Tensor, may_write: bool) -> Again | None:
         recipe, index = self.known.get(_memory(tensor), (None, 0)) if tensor.numel() else (None, 0)
         return None if recipe is None else Again(recipe, index, tensor, may_write)
 
