@@ -202,10 +202,7 @@ CALLS = [
     (lambda: gated_rmsnorm(torch.zeros(2, 6), torch.zeros(6, device="meta"), eps=1e-5), "on the device of x"),
     (lambda: add_rmsnorm(torch.zeros(2, 6), torch.zeros(3, 6), torch.zeros(6), eps=1e-5), "added must have shape"),
     (lambda: Mamba2Mixer(Mamba2Config(), 64, recompute="all"), "recompute must be one of 'none', 'conv', 'inner'"),
-    (
-        lambda: HybridModel(HybridConfig(pattern="-"), recompute="all"),
-        "recompute must be one of 'none', 'conv', 'inner'",
-    ),
+    (lambda: HybridModel(HybridConfig(pattern="-"), recompute="conv"), r"recompute \(conv\) is for Mamba-2"),
     (lambda: causal_conv1d(torch.zeros(2, 6, 4), torch.zeros(4, 4), activation="relu"), "activation must be one of"),
     (lambda: causal_conv1d(torch.zeros(2, 6, 4), torch.zeros(4, 4), cu_seqlens=[0, 12]), "flatten the batch first"),
     (lambda: gated_rmsnorm(torch.zeros(2, 6), torch.ones(6), eps=1e-5, group_size=4), "divisible by group_size"),

@@ -1,18 +1,18 @@
 """The language model: embedding, hybrid stack, norm, head."""
 
 from collections.abc import Iterator
-from typing import cast, get_args
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from mamba2_dist.config import HybridConfig, ParallelConfig
-from mamba2_dist.kernels.common.checks import check_choice, check_ndim
+from mamba2_dist.kernels.common.checks import check_ndim
 from mamba2_dist.modules.base import initialize
 from mamba2_dist.modules.block import Block, hybrid_layers
 from mamba2_dist.modules.embedding import VocabParallelEmbedding, VocabParallelHead, vocab_parallel_logits
 from mamba2_dist.modules.norm import RMSNorm
-from mamba2_dist.modules.recompute import Recompute
+from mamba2_dist.modules.recompute import Recompute, check_recompute
 from mamba2_dist.parallel.cross_entropy import IGNORED, vocab_parallel_cross_entropy
 from mamba2_dist.parallel.groups import Group, ParallelGroups
 from mamba2_dist.parallel.segments import SegmentTable
@@ -94,7 +94,7 @@ class HybridModel(nn.Module):
                 raise ValueError(f"parallel.{name} ({getattr(parallel, name)}) must equal the groups' {name} ({size})")
         if groups.pp.size > 1:
             raise ValueError(f"pp must be 1, got {groups.pp.size}; pipelines need a pipeline engine")
-        check_choice("recompute", recompute, get_args(Recompute))
+        check_recompute(recompute, config.pattern)
         self.config, self.groups, self.parallel, self.compiled = config, groups, parallel, compiled
         factory = {"device": device, "dtype": dtype}
         self.backbone = Backbone(config, groups, parallel, recompute=recompute, compiled=compiled, **factory)

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from mamba2_dist.config import Mamba2Config
-from mamba2_dist.kernels.common.checks import check_choice
 from mamba2_dist.kernels.ssd import discretize, mamba_chunk_scan_combined, ssd_matrix
 from mamba2_dist.parallel.groups import ParallelGroups
 from mamba2_dist.parallel.partition import mamba2_partition
@@ -21,7 +19,11 @@ from .base import PartitionedModule, initialize
 from .conv import CausalConv1d
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .norm import GatedRMSNorm
-from .recompute import Forgetful, Recompute
+from .recompute import Forgetful, Recompute, check_recompute
+
+
+def _whole_rows(x: Tensor) -> SegmentTable:
+    return SegmentTable.contiguous(x.shape[1], 1, batch=x.shape[0])
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Mamba2Mixer(PartitionedModule):
         super().__init__()
         groups = groups or ParallelGroups()
         d_inner, nheads = config.d_inner(d_model), config.nheads(d_model)
-        check_choice("recompute", recompute, get_args(Recompute))
+        check_recompute(recompute, "M")
         self.config, self.cp, self.state_scan, self.recompute = config, groups.cp, state_scan, recompute
         self.share = share = mamba2_partition(
             d_inner=d_inner, nheads=nheads, ngroups=config.ngroups, d_state=config.d_state,
@@ -100,12 +102,13 @@ class Mamba2Mixer(PartitionedModule):
 
         segments: how the sequence is cut over cp; None: rows of one document each, cp must be 1.
         """
-        if segments is None:
-            if self.cp.size > 1:
-                raise ValueError(f"segments must be given when cp ({self.cp.size}) is above 1")
-            segments = SegmentTable.contiguous(u.shape[1], 1, batch=u.shape[0])
+        if segments is None and self.cp.size > 1:
+            raise ValueError(f"segments must be given when cp ({self.cp.size}) is above 1")
+        # which gathers the shards of u, so that what follows has all of its tokens
         xBCdt, z = self._project(u)
-        segments.check("u", xBCdt, self.cp.rank, self.cp.size)  # a shard of u has been gathered by now
+        if segments is None:
+            segments = _whole_rows(xBCdt)
+        segments.check("u", xBCdt, self.cp.rank, self.cp.size)
         if self.recompute == "none" or not torch.is_grad_enabled():
             (x, B, C, dt), _ = self.conv1d(xBCdt, segments)
             y, _ = self._scan(x, B, C, dt, segments)
@@ -149,7 +152,8 @@ class Mamba2Mixer(PartitionedModule):
         """The dense token-mixing matrix of every head, (batch, nheads/tp, t, s), for short whole sequences."""
         if self.cp.size > 1:
             raise ValueError(f"matrix needs whole sequences, cp must be 1, got {self.cp.size}")
-        (x, B, C, dt), _ = self.conv1d(self._project(u)[0], SegmentTable.contiguous(u.shape[1], 1, batch=u.shape[0]))
+        xBCdt, _ = self._project(u)
+        (x, B, C, dt), _ = self.conv1d(xBCdt, _whole_rows(xBCdt))
         _, B, C = self._heads(x, B, C)
         return ssd_matrix(discretize(dt, self.dt_bias, True, self.config.dt_limit), self._A(), B, C)
 

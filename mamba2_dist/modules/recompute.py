@@ -5,12 +5,21 @@ that are kept, and never communicates: what came from other ranks is among those
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from mamba2_dist.kernels.common.checks import check_choice
+
 Recompute = Literal["none", "conv", "inner"]
+
+
+def check_recompute(recompute: str, pattern: str) -> None:
+    """Raise ValueError unless layers of `pattern` can do it."""
+    check_choice("recompute", recompute, get_args(Recompute))
+    if recompute != "none" and "M" not in pattern:
+        raise ValueError(f"recompute ({recompute}) is for Mamba-2 layers, and the pattern has none; leave it at none")
 
 
 class _Recipe:

@@ -1,11 +1,11 @@
 """Every choice of a training run; wrong values are refused here."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal
 
 from mamba2_dist.config import HybridConfig, ParallelConfig, check_choice_field, check_positive_fields, require
 from mamba2_dist.models.presets import PRESETS
-from mamba2_dist.modules.recompute import Recompute
+from mamba2_dist.modules.recompute import Recompute, check_recompute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,6 @@ class TrainConfig:
         require(len(self.prompt) > 0, "prompt must not be empty; give it some text")
         require(self.sample_tokens >= 0, f"sample_tokens must not be below 0, got {self.sample_tokens}")
         check_choice_field(self, "precision", "fp32", "bf16")
-        check_choice_field(self, "recompute", *get_args(Recompute))
         check_choice_field(self, "device", "auto", "cpu", "cuda")
         require(
             self.preset is None or self.preset in PRESETS,
@@ -147,10 +146,7 @@ class TrainConfig:
             self.architecture.vocab_size > 256,
             f"model.vocab_size must be above 256 (all bytes and an end mark), got {self.architecture.vocab_size}",
         )
-        require(
-            self.recompute == "none" or "M" in self.architecture.pattern,
-            f"recompute ({self.recompute}) is for Mamba-2 layers, and the pattern has none; leave it at none",
-        )
+        check_recompute(self.recompute, self.architecture.pattern)
         require(
             self.schedule.warmup_steps < self.steps,
             f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be below steps ({self.steps})",

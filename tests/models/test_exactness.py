@@ -71,6 +71,20 @@ def test_mixer_sequence_parallel(tp, cp, ngroups):
     run_ranks(tp * cp, _mixer, tp, cp, ngroups, "contiguous", True, "all_gather", True)
 
 
+def _without_segments():
+    groups, config = groups_of(2, 1), _mamba(1)
+    mixer = Mamba2Mixer(config, 16, groups, sequence_parallel=True, dtype=torch.float64)
+    whole = Mamba2Mixer(config, 16, ParallelGroups.alone(), dtype=torch.float64)
+    u = torch.randn(2, 8, 16, dtype=torch.float64)
+    mine = lambda tensor: tensor.chunk(2, dim=1)[groups.tp.rank]  # noqa: E731
+    assert_close(mixer(mine(u)), mine(whole(u)), EXACT)
+    assert_close(mixer.matrix(mine(u)), whole.matrix(u).chunk(2, dim=1)[groups.tp.rank], EXACT)
+
+
+def test_sequence_parallel_rows_of_one_document():
+    run_ranks(2, _without_segments)
+
+
 def _model(tp, cp, ngroups, layout, packed, options):
     groups, table = groups_of(tp, cp), _table(layout, cp, packed)
     config = HybridConfig(
