@@ -194,7 +194,7 @@ class ParallelConfig:
     """Keep the residual stream split over tp between layers; needs tp above 1."""
     layout: Literal["contiguous", "zigzag"] = "contiguous"
     """How a sequence is cut over cp; "zigzag" balances attention."""
-    state_scan: Literal["all_gather", "ring"] = "all_gather"
+    state_scan: Literal["all_gather", "sliced", "hierarchical", "log_step", "ring"] = "all_gather"
     """How states travel over cp."""
     sharding: Literal["fsdp", "ddp"] = "fsdp"
     """Over dp x cp: shard parameters (FSDP2) or keep whole replicas (DDP)."""
@@ -202,7 +202,7 @@ class ParallelConfig:
     def __post_init__(self):
         check_positive_fields(self, "tp", "cp", "dp")
         check_choice_field(self, "layout", "contiguous", "zigzag")
-        check_choice_field(self, "state_scan", "all_gather", "ring")
+        check_choice_field(self, "state_scan", "all_gather", "sliced", "hierarchical", "log_step", "ring")
         check_choice_field(self, "sharding", "fsdp", "ddp")
         require(
             not (self.sequence_parallel and self.tp == 1),

@@ -12,11 +12,12 @@ from .tolerances import EXACT, assert_close
 _groups: dict[tuple, ParallelGroups] = {}
 
 
-def groups_of(tp: int, cp: int, dp: int = 1) -> ParallelGroups:
+def groups_of(tp: int, cp: int, dp: int = 1, node_size: int | None = None) -> ParallelGroups:
     """Groups for these sizes, made once in each rank."""
-    if (tp, cp, dp) not in _groups:
-        _groups[tp, cp, dp] = ParallelGroups(tp, cp, 1, dp)
-    return _groups[tp, cp, dp]
+    key = tp, cp, dp, node_size
+    if key not in _groups:
+        _groups[key] = ParallelGroups(tp, cp, 1, dp, node_size=node_size)
+    return _groups[key]
 
 
 def make_table(layout: str, seqlen: int, cp: int, documents) -> SegmentTable:

@@ -1,6 +1,7 @@
 """The state space duality (SSD) operator of Mamba-2."""
 
-from .combined import SSDSpan, mamba_chunk_scan_combined
+from .combined import mamba_chunk_scan_combined
 from .reference import discretize, ssd_matrix, ssd_recurrence
+from .span import SSDSpan
 
 __all__ = ["SSDSpan", "discretize", "mamba_chunk_scan_combined", "ssd_matrix", "ssd_recurrence"]

@@ -11,7 +11,7 @@ from mamba2_dist.kernels.ssd import discretize, mamba_chunk_scan_combined, ssd_m
 from mamba2_dist.parallel.groups import ParallelGroups
 from mamba2_dist.parallel.partition import mamba2_partition
 from mamba2_dist.parallel.segments import SegmentTable
-from mamba2_dist.parallel.ssd import ssd_over_segments
+from mamba2_dist.parallel.ssd import SSDOverSegments
 from mamba2_dist.parallel.state_scan import StateScan
 
 from . import init
@@ -70,7 +70,8 @@ class Mamba2Mixer(PartitionedModule):
         groups = groups or ParallelGroups()
         d_inner, nheads = config.d_inner(d_model), config.nheads(d_model)
         check_recompute(recompute, "M")
-        self.config, self.cp, self.state_scan, self.recompute = config, groups.cp, state_scan, recompute
+        self.config, self.cp, self.states, self.recompute = config, groups.cp, groups.states, recompute
+        self.state_scan = state_scan
         self.share = share = mamba2_partition(
             d_inner=d_inner, nheads=nheads, ngroups=config.ngroups, d_state=config.d_state,
             tp=groups.tp.size, rank=groups.tp.rank,
@@ -111,18 +112,17 @@ class Mamba2Mixer(PartitionedModule):
         segments.check("u", xBCdt, self.cp.rank, self.cp.size)
         if self.recompute == "none" or not torch.is_grad_enabled():
             (x, B, C, dt), _ = self.conv1d(xBCdt, segments)
-            y, _ = self._scan(x, B, C, dt, segments)
-            return self.out_proj(self.norm(y.flatten(-2), z())[0])
+            y, gate, _ = self._scan(x, B, C, dt, z, segments)
+            return self.out_proj(self.norm(y, gate)[0])
         with Forgetful() as saved:
             (x, B, C, dt), convolve = self.conv1d(xBCdt, segments)
             saved.forget([x, B, C], convolve)
-            y, scan = self._scan(x, B, C, dt, segments)
-            y = y.flatten(-2)
+            y, gate, scan = self._scan(x, B, C, dt, z, segments)
             if self.recompute == "conv":
-                return self.out_proj(self.norm(y, z())[0])
+                return self.out_proj(self.norm(y, gate)[0])
             convolved = [saved.again(part) for part in (x, B, C)]
-            saved.forget([y], lambda: [scan(*(again() for again in convolved)).flatten(-2)], overwritten=True)
-            normed, norm = self.norm(y, z(), overwrite_x=True)
+            saved.forget([y], lambda: [scan(*(again() for again in convolved))], overwritten=True)
+            normed, norm = self.norm(y, gate, overwrite_x=True)
             scanned = saved.again(y)
             saved.forget([normed], lambda: [norm(scanned())])
             return self.out_proj(normed)
@@ -158,7 +158,8 @@ class Mamba2Mixer(PartitionedModule):
         return ssd_matrix(discretize(dt, self.dt_bias, True, self.config.dt_limit), self._A(), B, C)
 
     def _project(self, u: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-        """x, B, C and dt side by side, and what computes z, which is needed last and whose gradient comes first."""
+        """x, B, C and dt side by side, and what computes z, which is needed last and whose gradient comes first: beside
+        it states travel between ranks."""
         return self.in_proj.in_two(u, self.share.d_inner_local)
 
     def _heads(self, x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,15 +170,17 @@ class Mamba2Mixer(PartitionedModule):
         )
 
     def _scan(
-        self, x: Tensor, B: Tensor, C: Tensor, dt: Tensor, segments: SegmentTable
-    ) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-        """y by heads, and what gives it of the same x, B and C again without communicating."""
+        self, x: Tensor, B: Tensor, C: Tensor, dt: Tensor, z: Callable[[], Tensor], segments: SegmentTable
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+        """y, z, and what gives y of the same x, B and C again without communicating."""
         x, B, C = self._heads(x, B, C)
-        y, scan = ssd_over_segments(
-            x, dt, self._A(), B, C, self.config.chunk_size, segments, self.cp,
+        over = SSDOverSegments(
+            x, dt, self._A(), B, C, self.config.chunk_size, segments, self.states,
             scan=self.state_scan, **self._scan_options(),
         )  # fmt: skip
-        return y, lambda x, B, C: scan(*self._heads(x, B, C))
+        del x, B, C
+        gate = z()
+        return over.outputs().flatten(-2), gate, lambda x, B, C: over.again(*self._heads(x, B, C)).flatten(-2)
 
     def _A(self) -> Tensor:
         return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))

@@ -16,6 +16,7 @@ from it), or *partial* (the sum over ranks is meant), or *sharded*.
 A result is "used apart" when every rank goes on with it in its own way, so that gradients differ and their sum counts.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,10 +46,20 @@ def gather_over(tensor: Tensor, group: Group) -> Tensor:
     return _all_gather(tensor.detach()[None], group, 0)
 
 
+def all_to_all_over(tensor: Tensor, group: Group) -> Tensor:
+    """(group size, ...) -> the same, outside autograd: row r goes to rank r, and comes from it."""
+    if group.size == 1:
+        return tensor
+    ledger.enter_collective("all_to_all", group, tensor)
+    output = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(output, tensor.contiguous(), group=group.handle)
+    return output
+
+
 def _all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType) -> Tensor:
     if group.size == 1:
         return tensor
-    ledger.enter("all_reduce", group.name, tensor)
+    ledger.enter_collective("all_reduce", group, tensor)
     tensor = tensor.contiguous()
     dist.all_reduce(tensor, op, group=group.handle)
     return tensor
@@ -57,7 +68,7 @@ def _all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType) -> Te
 def _all_gather(tensor: Tensor, group: Group, dim: int) -> Tensor:
     if group.size == 1:
         return tensor
-    ledger.enter("all_gather", group.name, tensor)
+    ledger.enter_collective("all_gather", group, tensor)
     gathered = tensor.new_empty(group.size * tensor.shape[0], *tensor.shape[1:])
     _gather_single(gathered, tensor.contiguous(), group=group.handle)
     if dim == 0:
@@ -70,7 +81,7 @@ def _reduce_scatter(tensor: Tensor, group: Group, dim: int) -> Tensor:
         return tensor
     if dim != 0:
         tensor = tensor.unflatten(dim, (group.size, -1)).movedim(dim, 0).flatten(0, 1)
-    ledger.enter("reduce_scatter", group.name, tensor)
+    ledger.enter_collective("reduce_scatter", group, tensor)
     scattered = tensor.new_empty(tensor.shape[0] // group.size, *tensor.shape[1:])
     _scatter_single(scattered, tensor.contiguous(), group=group.handle)
     return scattered
@@ -79,8 +90,10 @@ def _reduce_scatter(tensor: Tensor, group: Group, dim: int) -> Tensor:
 def _all_to_all(tensor: Tensor, group: Group, sent: Sequence[int], received: Sequence[int]) -> Tensor:
     if group.size == 1:
         return tensor
-    ledger.enter("all_to_all", group.name, tensor)
     output = tensor.new_empty(sum(received), *tensor.shape[1:])
+    theirs = [rows for rank, rows in enumerate(received) if rank != group.rank]
+    row = tensor.element_size() * math.prod(tensor.shape[1:])
+    ledger.enter("all_to_all", group, sum(rows > 0 for rows in theirs), sum(theirs) * row)
     dist.all_to_all_single(output, tensor.contiguous(), list(received), list(sent), group=group.handle)
     return output
 

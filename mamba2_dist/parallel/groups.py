@@ -1,6 +1,7 @@
 """Process groups of a run, made once from a device mesh and passed as arguments."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -13,12 +14,19 @@ AXES = ("tp", "cp", "pp", "dp")
 
 @dataclass(frozen=True)
 class Group:
-    """One communicator as this rank sees it; a group of one needs no process group."""
+    """One communicator as this rank sees it; a group of one needs no process group.
+
+    Where it spans nodes, as many ranks of each, `node` is its part on this rank's node and `rail` what stands at the
+    same place on every node; both are None where it lies on one node, or unevenly on several.
+    """
 
     name: str
     ranks: tuple[int, ...] = (0,)  # global ranks, in the order of the group
     rank: int = 0  # this process's place among them
     handle: dist.ProcessGroup | None = None
+    node: "Group | None" = None
+    rail: "Group | None" = None
+    nodes: int = 1  # that it lies on
 
     @property
     def size(self) -> int:
@@ -33,18 +41,35 @@ class ParallelGroups:
     """Tensor (tp), context (cp), pipeline (pp) and data (dp) parallel groups; tp innermost, then cp, dp, pp.
 
     Ranks stand in the mesh (pp, dp, cp, tp) in row-major order, so that a tp group and then a cp group share a node.
-    `data` joins dp and cp: parameters are the same on all of it and gradients are summed over it.
+    `data` joins dp and cp: parameters are the same on all of it and gradients are summed over it. `states` is cp again,
+    with communicators of its own: states travel while others are at work.
 
     tp, cp, pp: sizes; dp: size, or None for whatever the world leaves.
+    node_size: processes of a node, which are neighbours; None: as torchrun says, or all.
     device_type: "cpu" or "cuda"; None: "cuda" where there is one and the processes do not speak gloo alone.
     Without `torch.distributed` every size must be 1. Raises ValueError for sizes that do not fill the world.
     """
 
+    tp: Group
+    cp: Group
+    pp: Group
+    dp: Group
+    data: Group
+    states: Group
     data_mesh: DeviceMesh | None
     """The data group as a mesh, for FSDP."""
     _tp_parts: dict[int, Group]
 
-    def __init__(self, tp: int = 1, cp: int = 1, pp: int = 1, dp: int | None = None, *, device_type: str | None = None):
+    def __init__(
+        self,
+        tp: int = 1,
+        cp: int = 1,
+        pp: int = 1,
+        dp: int | None = None,
+        *,
+        device_type: str | None = None,
+        node_size: int | None = None,
+    ):
         for name, size in (("tp", tp), ("cp", cp), ("pp", pp), ("dp", 1 if dp is None else dp)):
             check_positive(name, size)
         world = dist.get_world_size() if dist.is_initialized() else 1
@@ -62,6 +87,12 @@ class ParallelGroups:
             device_type = "cuda" if torch.cuda.is_available() and dist.get_backend() != "gloo" else "cpu"
         mesh = init_device_mesh(device_type, (pp, dp, cp, tp), mesh_dim_names=("pp", "dp", "cp", "tp"))
         self.tp, self.cp, self.pp, self.dp = (Group.of(name, mesh.get_group(name)) for name in AXES)
+        if cp > 1:
+            # along cp, all such groups of the world
+            rows = torch.arange(world).view(pp, dp, cp, tp).movedim(2, 3).reshape(-1, cp)
+            node_size = node_size or int(os.environ.get("LOCAL_WORLD_SIZE", world))
+            self.cp = _with_nodes(self.cp, rows, node_size)
+            self.states = _with_nodes(Group.of("states", _along(rows)), rows, node_size)
         joined = init_device_mesh(device_type, (pp, dp * cp, tp), mesh_dim_names=("pp", "data", "tp"))
         self.data_mesh = joined["data"]
         self.data = Group.of("data", joined.get_group("data"))
@@ -74,7 +105,7 @@ class ParallelGroups:
         return groups
 
     def _set_alone(self) -> None:
-        self.tp, self.cp, self.pp, self.dp, self.data = (Group(name) for name in (*AXES, "data"))
+        self.tp, self.cp, self.pp, self.dp, self.data, self.states = (Group(name) for name in (*AXES, "data", "states"))
         self.data_mesh = None
         self._tp_parts = {}
 
@@ -95,3 +126,23 @@ class ParallelGroups:
             handle, _ = dist.new_subgroups(size)
             self._tp_parts[size] = Group.of("tp part", handle)
         return self._tp_parts[size]
+
+
+def _along(rows: torch.Tensor) -> dist.ProcessGroup:
+    """This rank's row of `rows` as a new communicator; every process of the world must call it."""
+    return dist.new_subgroups_by_enumeration(rows.tolist())[0]
+
+
+def _with_nodes(group: Group, rows: torch.Tensor, node_size: int) -> Group:
+    """The group with its parts by node, if its ranks lie evenly on several; `rows` are all such groups of the world."""
+    on_node = rows // node_size
+    nodes = max(len(row.unique()) for row in on_node)
+    if nodes == 1:
+        return group
+    size = group.size // nodes
+    if group.size % nodes or (on_node.view(len(rows), nodes, size) != on_node[:, ::size, None]).any():
+        return replace(group, nodes=nodes)
+    parts = rows.view(-1, nodes, size)
+    node = Group.of(f"{group.name} node", _along(parts.flatten(0, 1)))
+    rail = Group.of(f"{group.name} rail", _along(parts.transpose(1, 2).flatten(0, 1)))
+    return replace(group, node=node, rail=rail, nodes=nodes)

@@ -1,5 +1,6 @@
 """The inputs just before a segment that its convolution needs, fetched from whoever holds them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from mamba2_dist.kernels.common.transfer import to_device
 
 from .collectives import all_to_all
 from .groups import Group
-from .segments import SegmentTable
+from .segments import Segment, SegmentTable
 
 
 @dataclass(frozen=True)
@@ -47,26 +48,37 @@ def _plan(table: SegmentTable, rank: int, before: int, device: torch.device) -> 
 
 
 def _make_plan(table: SegmentTable, rank: int, before: int, device: torch.device) -> HaloPlan:
-    holder, place = table.owner
+    local = table.local(rank)
     sent: list[list[int]] = [[] for _ in range(table.ranks)]
     received: list[list[int]] = [[] for _ in range(table.ranks)]
-    needed = False
-    for receiver in range(table.ranks):
-        local = table.local(receiver)
-        for slot, segment in enumerate(local.segments):
-            if segment.start == segment.end:
-                continue
-            for row in range(table.batch):
-                if not local.continues[slot, row]:
-                    continue
-                needed = True
-                start = max(segment.start - before, table.document_starts[row, segment.start])
-                for token in range(start, segment.start):
-                    sender = int(holder[token])
-                    if sender == rank:
-                        sent[receiver].append(row * table.local(rank).length + int(place[token]))
-                    if receiver == rank:
-                        target = int(local.first[slot, row]) * before + token - segment.start + before
-                        received[sender].append(target)
+    for segment in local.segments:
+        for row, token in _fetched(table, segment, before):
+            target = int(local.first[segment.slot, row]) * before + token - segment.start + before
+            received[table.segment_of(token).rank].append(target)
+    for receiver in _followers(table, rank, before):
+        for row, token in _fetched(table, receiver, before):
+            holder = table.segment_of(token)
+            if holder.rank == rank:
+                place = local.starts[holder.slot] + token - holder.start
+                sent[receiver.rank].append(row * local.length + place)
     flat = lambda lists: to_device(np.array([i for part in lists for i in part], np.int64), device)  # noqa: E731
-    return HaloPlan(tuple(map(len, sent)), tuple(map(len, received)), flat(sent), flat(received), needed and before > 0)
+    needed = before > 0 and bool(table.continued.any())  # all ranks must agree
+    return HaloPlan(tuple(map(len, sent)), tuple(map(len, received)), flat(sent), flat(received), needed)
+
+
+def _fetched(table: SegmentTable, segment: Segment, before: int) -> Iterator[tuple[int, int]]:
+    """(row, token) of up to `before` tokens of the same document before a segment of each row."""
+    for row in np.flatnonzero(table.continued[table.position[segment]]).tolist():
+        start = max(segment.start - before, table.document_start(row, segment.start))
+        yield from ((row, token) for token in range(start, segment.start))
+
+
+def _followers(table: SegmentTable, rank: int, reach: int) -> list[Segment]:
+    """Segments that begin up to `reach` tokens after one of `rank`'s, in the order in which their ranks ask."""
+    found = set()
+    for segment in table.held[rank]:
+        for follower in table.segments[table.position[segment] + 1 :]:
+            if follower.start - reach >= segment.end:
+                break
+            found.add(follower)
+    return sorted(found, key=lambda follower: (follower.rank, follower.slot))

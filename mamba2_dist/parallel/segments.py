@@ -1,5 +1,6 @@
 """How a sequence is cut: causal segments, who holds them, and where documents begin. All of it lives on the host."""
 
+import bisect
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,8 +51,12 @@ class SegmentTable:
             if not 0 <= segment.rank < ranks:
                 raise ValueError(f"segment rank ({segment.rank}) must lie in [0, {ranks})")
             end = segment.end
-        for rank in range(ranks):
-            slots = sorted(segment.slot for segment in self.segments if segment.rank == rank)
+        self.held: list[list[Segment]] = [[] for _ in range(ranks)]  # by rank and slot
+        for segment in self.segments:
+            self.held[segment.rank].append(segment)
+        for rank, held in enumerate(self.held):
+            held.sort(key=lambda segment: segment.slot)
+            slots = [segment.slot for segment in held]
             if slots != list(range(len(slots))):
                 raise ValueError(f"rank {rank}'s slots must count from 0 without gap, got {slots}")
         self.seqlen = end
@@ -94,14 +99,38 @@ class SegmentTable:
         return cls(segments, ranks=ranks, **options)
 
     @cached_property
-    def chain(self) -> tuple[tuple[int, int], ...]:
-        """(rank, slot) of every segment in causal order."""
-        return tuple((segment.rank, segment.slot) for segment in self.segments)
+    def position(self) -> dict[Segment, int]:
+        """Where each segment stands in causal order."""
+        return {segment: position for position, segment in enumerate(self.segments)}
+
+    @cached_property
+    def continued(self) -> np.ndarray:
+        """(segments, batch): whether a segment's first token, if it has one, continues a document."""
+        starts, ends = (np.array([getattr(s, edge) for s in self.segments]) for edge in ("start", "end"))
+        return np.stack([(starts < ends) & ~np.isin(starts, offsets) for offsets in self.documents], axis=1)
+
+    def document_start(self, row: int, token: int) -> int:
+        """The first token of the document that a token of a row belongs to."""
+        return self.documents[row][bisect.bisect_right(self.documents[row], token) - 1]
+
+    def segment_of(self, token: int) -> Segment:
+        """The segment that a token belongs to."""
+        return self.segments[bisect.bisect_right(self.segments, token, key=lambda segment: segment.end)]
+
+    @cached_property
+    def holders(self) -> np.ndarray:
+        """The rank of every segment in causal order."""
+        return np.array([segment.rank for segment in self.segments])
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """The slot of every segment in causal order."""
+        return np.array([segment.slot for segment in self.segments])
 
     @cached_property
     def slots(self) -> int:
         """The most segments a rank holds."""
-        return max(segment.slot for segment in self.segments) + 1
+        return int(self.places.max()) + 1
 
     def local(self, rank: int) -> "LocalSegments":
         """What `rank` holds; kept for the next layer."""
@@ -160,8 +189,9 @@ class LocalSegments:
         if not 0 <= rank < table.ranks:
             raise ValueError(f"rank ({rank}) must lie in [0, {table.ranks}), the ranks of the segment table")
         self.table, self.rank = table, rank
-        self.segments = tuple(sorted((s for s in table.segments if s.rank == rank), key=lambda s: s.slot))
-        self.length = sum(s.end - s.start for s in self.segments)
+        self.segments = tuple(table.held[rank])
+        self.starts = np.cumsum([0, *(s.end - s.start for s in self.segments)]).tolist()  # of each slot, and the end
+        self.length = self.starts[-1]
         offsets = [0]
         first, last, continues = (np.zeros((len(self.segments), table.batch), np.int64) for _ in range(3))
         for row, documents in enumerate(table.documents):

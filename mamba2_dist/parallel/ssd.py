@@ -2,19 +2,21 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mamba2_dist.kernels.common.backend import Backend
 from mamba2_dist.kernels.conv1d import causal_conv1d_split
-from mamba2_dist.kernels.ssd import SSDSpan
+from mamba2_dist.kernels.ssd import SSDSpan, mamba_chunk_scan_combined
 
+from . import state_scan
 from .groups import Group
 from .halo import conv_halo
-from .segments import LocalSegments, SegmentTable
-from .state_scan import StateScan, state_scan
+from .segments import SegmentTable
+from .state_scan import StateScan
 
 
 def conv1d_over_segments(
@@ -44,65 +46,144 @@ def conv1d_over_segments(
     return convolve(), convolve
 
 
-def ssd_over_segments(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    chunk_size: int,
-    table: SegmentTable,
-    group: Group,
-    *,
-    D: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-    backend: Backend = "auto",
-    scan: StateScan = "all_gather",
-) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """`mamba_chunk_scan_combined` of a sequence cut over `group`: local states first, then the states of the ranks
-    before, then the outputs.
+class SSDOverSegments:
+    """`mamba_chunk_scan_combined` of a sequence cut over `group`. When it is made, the states that this rank's segments
+    leave set out; `outputs` waits for those that enter.
+
+    What is computed in between has the exchange beside it. So it is in the backward pass: the gradients of those states
+    travel while the gradients of what was computed in between are.
 
     x: (batch, seqlen/cp, nheads/tp, headdim), dt: (batch, seqlen/cp, nheads/tp),
-    B, C: (batch, seqlen/cp, ngroups/tp, d_state). Returns y like x, and what gives the same y of the same x, B and C
-    again without communicating.
+    B, C: (batch, seqlen/cp, ngroups/tp, d_state).
     """
-    # what is returned must not hold x, B or C themselves
-    local, shape = table.local(group.rank), x.shape
 
-    def span_of(x: Tensor, B: Tensor, C: Tensor) -> SSDSpan:
-        flat = [tensor.flatten(0, 1)[None] for tensor in (x, dt, B, C)]
+    def __init__(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        chunk_size: int,
+        table: SegmentTable,
+        group: Group,
+        *,
+        D: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+        backend: Backend = "auto",
+        scan: StateScan = "all_gather",
+    ):
+        self.table, self.group, self.scan = table, group, scan
+        self.local, self.shape = table.local(group.rank), x.shape
+        self.chunk_size = chunk_size
+        self.options: dict[str, Any] = {"dt_softplus": dt_softplus, "dt_limit": dt_limit, "backend": backend}
+        self.tensors: tuple | None = (x, dt, A, B, C, D, dt_bias)
+        self.parameters = dt, A, D, dt_bias
+        self.opened = _Leave.apply(self, *self.tensors) if len(table.segments) > 1 else None
+
+    def outputs(self) -> Tensor:
+        """y like x."""
+        tensors, opened = self.tensors, self.opened
+        # what stays of this object must not hold x, B or C
+        self.tensors = self.opened = None
+        assert tensors is not None, "outputs are asked for once"
+        if opened is None:
+            return self._whole(*tensors)
+        return _Enter.apply(self, opened, *tensors)
+
+    def again(self, x: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        """The same y of the same x, B and C, without communicating."""
+        dt, A, D, dt_bias = self.parameters
+        if len(self.table.segments) == 1:
+            return self._whole(x, dt, A, B, C, D, dt_bias)
+        return self.span(x, dt, A, B, C, D, dt_bias).outputs(self.entering)[0].view(self.shape)
+
+    def _whole(self, x, dt, A, B, C, D, dt_bias) -> Tensor:
+        x, dt, B, C = _packed(x, dt, B, C)
+        return mamba_chunk_scan_combined(
+            x, dt, A, B, C, self.chunk_size, D=D, dt_bias=dt_bias, cu_seqlens=self.local.documents, **self.options
+        ).view(self.shape)
+
+    def span(self, x, dt, A, B, C, D, dt_bias) -> SSDSpan:
+        """This rank's tokens: states enter the first piece of each segment of each row, and leave the last."""
+        x, dt, B, C = _packed(x, dt, B, C)
         return SSDSpan(
-            flat[0], flat[1], A, flat[2], flat[3], chunk_size,
-            D=D, dt_bias=dt_bias, cu_seqlens=local.documents, dt_softplus=dt_softplus, dt_limit=dt_limit,
-            backend=backend,
+            x, dt, A, B, C, self.chunk_size, self.local.documents, self.local.first.ravel(), self.local.last.ravel(),
+            D=D, dt_bias=dt_bias, **self.options,
         )  # fmt: skip
 
-    span, entering, into = span_of(x, B, C), None, None
-    if len(table.chain) > 1:
-        entering, into = _entering(span, local, table, group, scan), local.first.flatten()
+    def begin(self, state: Tensor, decay: Tensor, *, reverse: bool = False) -> None:
+        """Send out what the segments leave, or in reverse the gradients of what enters them: (segments x batch, nheads,
+        headdim, d_state) and (segments, batch, nheads, 1, 1)."""
+        state = state.unflatten(0, self.local.last.shape)
+        self.pending = state_scan.begin(state, decay, self.table, self.group, self.scan, reverse=reverse)
 
-    def outputs(span: SSDSpan) -> Tensor:
-        return span.scan(entering, into=into, final_states=False)[0].view(shape)
+    def wait(self) -> Tensor:
+        """What has come for the segments, (segments x batch, nheads, headdim, d_state)."""
+        arrived = self.pending.wait().flatten(0, 1)
+        del self.pending
+        return arrived
 
-    return outputs(span), lambda x, B, C: outputs(span_of(x, B, C))
-
-
-def _entering(span: SSDSpan, local: LocalSegments, table: SegmentTable, group: Group, scan: StateScan) -> Tensor:
-    """The states that enter the first piece of each segment of each row."""
-    state, decay = _segment_elements(span, local)
-    entering = state_scan(state, decay[..., None, None], table, group, scan)
-    # a segment's entering state goes to its first piece if that continues a document
-    continues = local.tensor("continues", entering.device)[..., None, None, None]
-    return torch.where(continues, entering, 0.0).flatten(0, 1)
+    def mask(self, name: str, like: Tensor) -> Tensor:
+        """Which segments of which rows `name` is true of, (segments, batch, 1, 1, 1); see `LocalSegments`."""
+        return self.local.tensor(name, like.device)[..., None, None, None]
 
 
-def _segment_elements(span: SSDSpan, local: LocalSegments) -> tuple[Tensor, Tensor]:
-    """(segments, batch, nheads, headdim, d_state) and (segments, batch, nheads): what each segment leaves.
+def _packed(*tensors: Tensor) -> list[Tensor]:
+    """(batch, seqlen, ...) -> (1, batch * seqlen, ...)."""
+    return [tensor.flatten(0, 1)[None] for tensor in tensors]
 
-    The state is its last document's; the decay is zero where a document starts inside.
-    """
-    state, decay = (element.unflatten(0, local.last.shape) for element in span.leaving(local.last.flatten()))
-    passes = local.tensor("passes", state.device)
-    return state, torch.where(passes[..., None], decay, 0.0)
+
+class _Leave(torch.autograd.Function):
+    """The states that segments leave, sent on their way; stands for the outputs in the graph until those are known."""
+
+    @staticmethod
+    def forward(ctx, over, x, *others):
+        over.in_work = over.span(x, *others)
+        state, decay = over.in_work.leaving()
+        decay = decay.unflatten(0, over.local.last.shape)[..., None, None]
+        # nothing passes a segment in which a document starts
+        over.decay = torch.where(over.mask("passes", state), decay, 0.0)
+        over.begin(state, over.decay)
+        ctx.over = over
+        return x.new_empty(()).expand(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        span, dy, entering, kept = ctx.over.in_work
+        del ctx.over.in_work
+        gradients = span.gradients(dy, entering, ctx.over.wait(), kept)
+        found = zip(gradients, ctx.over.shapes, strict=True)
+        return None, *(None if gradient is None else gradient.view(shape) for gradient, shape in found)
+
+
+class _Enter(torch.autograd.Function):
+    """The outputs, once the states that enter are known; backward sends the gradients of these on their way."""
+
+    @staticmethod
+    def forward(ctx, over, opened, *tensors):
+        arrived = over.wait().unflatten(0, over.local.last.shape)
+        # a segment's entering state goes to its first piece if that continues a document
+        over.entering = torch.where(over.mask("continues", arrived), arrived, 0.0).flatten(0, 1)
+        y, kept = over.in_work.outputs(over.entering)
+        del over.in_work
+        ctx.save_for_backward(*tensors, over.entering, over.decay, kept)
+        ctx.over = over
+        over.shapes = [None if tensor is None else tensor.shape for tensor in tensors]
+        return y.view(over.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        over = ctx.over
+        *tensors, entering, decay, kept = ctx.saved_tensors
+        span = over.span(*tensors)
+        packed = dy.flatten(0, 1)[None]
+        d_entering = span.entering_gradient(packed).unflatten(0, over.local.last.shape)
+        d_entering = torch.where(over.mask("continues", d_entering), d_entering, 0.0)
+        over.begin(d_entering.flatten(0, 1), decay, reverse=True)
+        over.in_work = span, packed, entering, kept
+        return None, dy, *[None] * len(tensors)

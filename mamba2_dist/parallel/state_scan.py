@@ -6,107 +6,412 @@ state leaving segment i and U_i that of the state entering it,
 
     H_{i+1} = a_i H_i + S_i        D_{i-1} = a_i D_i + U_i        da_i = <D_i, H_i>
 
-so backward is the same scan in reverse order with the decays already known: only state gradients travel.
+so backward is the same scan of (a, U) in reverse order.
 """
 
+import functools
+import itertools
 import math
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mamba2_dist.kernels.common.checks import check_choice
+from mamba2_dist.kernels.common.transfer import to_device
 
-from . import ledger
-from .collectives import gather_over
 from .groups import Group
+from .messages import AllGather, AllToAll, Exchange, Messages, ProcessGroups
 from .segments import SegmentTable
 
-StateScan = Literal["all_gather", "ring"]
+StateScan = Literal["all_gather", "sliced", "hierarchical", "log_step", "ring"]
+STATE_SCANS = ("all_gather", "sliced", "hierarchical", "log_step", "ring")
+RING_BLOCKS = 4
+
+
+# elements
+
+
+class Elements(NamedTuple):
+    """n elements: states (n, rows, width) and decays (n, rows, 1 or width). A row is a head of a sequence."""
+
+    states: Tensor
+    decays: Tensor
+
+    def at(self, index) -> "Elements":
+        return Elements(self.states[index], self.decays[index])
+
+
+def _elements(state: Tensor, decay: Tensor) -> Elements:
+    """(segments, batch, nheads, ...) as rows of heads; a decay that differs within a head has the state's shape."""
+    shared = all(size == 1 for size in decay.shape[3:])
+    decay = decay.expand(*state.shape[:3], *(decay.shape[3:] if shared else state.shape[3:]))
+    return Elements(*(t.flatten(3).flatten(1, 2) for t in (state, decay)))
+
+
+def _then(first: Elements, second: Elements) -> Elements:
+    """(a1, S1) o (a2, S2)."""
+    return Elements(second.decays * first.states + second.states, first.decays * second.decays)
+
+
+def _inclusive(elements: Elements) -> Elements:
+    """e_0 o ... o e_i for each i, in ceil(log2 n) steps."""
+    distance = 1
+    while distance < len(elements.states):
+        joined = _then(elements.at(slice(None, -distance)), elements.at(slice(distance, None)))
+        elements = Elements(*(torch.cat([e[:distance], j]) for e, j in zip(elements, joined, strict=True)))
+        distance *= 2
+    return elements
+
+
+def _pack(elements: Elements) -> Tensor:
+    return torch.cat([elements.states.flatten(), elements.decays.flatten()])
+
+
+def _unpack(packed: Tensor, states: torch.Size, decays: torch.Size) -> Elements:
+    """The inverse of `_pack` along the last axis; the axes before it come first."""
+    first, second = packed.split([math.prod(states), math.prod(decays)], dim=-1)
+    return Elements(first.unflatten(-1, states), second.unflatten(-1, decays))
+
+
+def _padded(elements: Elements, slots: int) -> Elements:
+    """As many elements as any rank has."""
+    missing = slots - len(elements.states)
+    return Elements(*(F.pad(t, (0, 0, 0, 0, 0, missing)) for t in elements)) if missing else elements
+
+
+# who holds what: worked out once a table, on the host
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """The segments in the order the scan passes them, as `rank` sees them."""
+
+    holders: np.ndarray
+    slots: np.ndarray
+    rank: int
+    slots_per_rank: int
+    device: torch.device
+
+    @functools.cached_property
+    def mine(self) -> np.ndarray:
+        """Positions that this rank holds."""
+        return np.flatnonzero(self.holders == self.rank)
+
+    def index(self, positions: np.ndarray, first_rank: int = 0) -> Tensor:
+        """Where these lie among the elements of all ranks from `first_rank` on, `slots_per_rank` each."""
+        flat = (self.holders[positions] - first_rank) * self.slots_per_rank + self.slots[positions]
+        return to_device(flat, self.device)
+
+
+class _Round(NamedTuple):
+    """A round of `_log_step`: places among this rank's positions, by the rank that they go to or come from, and those
+    that stay, as (from, to)."""
+
+    outgoing: dict[int, list[int]]
+    incoming: dict[int, list[int]]
+    staying: list[tuple[int, int]]
+
+
+def _rounds(owners: np.ndarray, rank: int) -> list[_Round]:
+    mine = np.flatnonzero(owners == rank).tolist()
+    place = {position: index for index, position in enumerate(mine)}
+    found, distance = [], 1
+    while distance < len(owners):
+        made = _Round({}, {}, [])
+        for position in mine:
+            ahead, behind = position + distance, position - distance
+            if ahead < len(owners) and owners[ahead] == rank:
+                made.staying.append((place[position], place[ahead]))
+            elif ahead < len(owners):
+                made.outgoing.setdefault(int(owners[ahead]), []).append(place[position])
+            if behind >= 0 and owners[behind] != rank:
+                made.incoming.setdefault(int(owners[behind]), []).append(place[position])
+        found.append(made)
+        distance *= 2
+    return found
+
+
+# the backends
+
+
+class _AllGather:
+    """Every rank gets every element and combines those before its own."""
+
+    def __init__(self, chain: _Chain, node_size: int):
+        self.slots = chain.slots_per_rank
+        self.count = int(chain.mine[-1]) if len(chain.mine) else 0
+        self.before = chain.index(np.arange(self.count))
+        order = chain.mine[np.argsort(chain.slots[chain.mine])]
+        self.mine = to_device(order, chain.device)
+
+    def run(self, elements: Elements) -> Exchange:
+        padded = _padded(elements, self.slots)
+        gathered = yield AllGather(_pack(padded))
+        everyone = _unpack(gathered, padded.states.shape, padded.decays.shape)
+        if self.count == 0:
+            return torch.zeros_like(elements.states)
+        before = _inclusive(Elements(*(t.flatten(0, 1).index_select(0, self.before) for t in everyone)))
+        # nothing enters the first
+        return F.pad(before.states, (0, 0, 0, 0, 1, 0)).index_select(0, self.mine)
+
+
+class _LogStep:
+    """Positions 1, 2, 4, ... apart combine, over all ranks at once (Kogge and Stone)."""
+
+    def __init__(self, chain: _Chain, node_size: int):
+        self.rounds = _rounds(chain.holders, chain.rank)
+        self.mine = chain.slots[chain.mine].tolist()
+
+    def run(self, elements: Elements) -> Exchange:
+        before = yield from _log_step([elements.at(slot) for slot in self.mine], self.rounds, "group", elements.states)
+        entering = torch.zeros_like(elements.states)
+        for slot, enters in zip(self.mine, before, strict=True):
+            if enters is not None:
+                entering[slot] = enters
+        return entering
+
+
+def _log_step(own: list[Elements], rounds: list[_Round], within: Literal["group", "rail"], like: Tensor):
+    """The states that enter this rank's positions, None where nothing does.
+
+    After a round of distance d each position knows the combination of up to 2 d - 1 before it; what it excludes is kept
+    apart from what it hands on.
+    """
+    before: list[Elements | None] = [None] * len(own)
+    for outgoing, incoming, staying in rounds:
+        seen = [e if b is None else _then(b, e) for e, b in zip(own, before, strict=True)]
+        size = own[0].states.numel() + own[0].decays.numel() if own else 0
+        sent = {peer: torch.cat([_pack(seen[i]) for i in places]) for peer, places in outgoing.items()}
+        got = yield Messages(sent, {peer: size * len(places) for peer, places in incoming.items()}, like, within)
+        arrived = {to: seen[place] for place, to in staying}
+        for peer, places in incoming.items():
+            parts = _unpack(got[peer].view(len(places), size), own[0].states.shape, own[0].decays.shape)
+            arrived |= {place: parts.at(index) for index, place in enumerate(places)}
+        for place, element in arrived.items():
+            known = before[place]
+            before[place] = element if known is None else _then(element, known)
+    return [None if element is None else element.states for element in before]
+
+
+class _Hierarchical:
+    """In a node each rank gets a slice of every state of the node; the nodes' ranks of one place combine slices in a
+    logarithmic number of rounds; slices go back.
+
+    Neighbours of the chain that lie on one node are a run, which counts as one element between nodes.
+    """
+
+    def __init__(self, chain: _Chain, node_size: int):
+        nodes = chain.holders // node_size
+        node = chain.rank // node_size
+        starts = np.flatnonzero(np.diff(nodes, prepend=-1))
+        ends = np.append(starts[1:], len(nodes))
+        owners = nodes[starts]
+        runs = [np.arange(starts[run], ends[run]) for run in np.flatnonzero(owners == node)]
+        self.runs = [chain.index(run, node * node_size) for run in runs]
+        self.everywhere = chain.index(np.concatenate([*runs, np.empty(0, np.int64)]), node * node_size)
+        self.rounds = _rounds(owners, node)
+        self.slots, self.node_size = chain.slots_per_rank, node_size
+        self.within: Literal["group", "node"] = "group" if node_size > chain.holders.max() else "node"
+
+    def run(self, elements: Elements) -> Exchange:
+        held = yield from _to_slices(_padded(elements, self.slots), self.node_size, self.within)
+        inside = [_inclusive(Elements(*(t.index_select(0, run) for t in held))) for run in self.runs]
+        entering = yield from _log_step([run.at(-1) for run in inside], self.rounds, "rail", elements.states)
+        # a rank or a node may hold nothing
+        states = [held.states[:0], *(_entering(run, enters) for run, enters in zip(inside, entering, strict=True))]
+        back = torch.zeros_like(held.states).index_copy_(0, self.everywhere, torch.cat(states))
+        mine = yield from _from_slices(back, self.node_size, self.within)
+        return mine[: len(elements.states), :, : elements.states.shape[2]]
+
+
+class _Sliced(_Hierarchical):
+    """The same with all ranks as one node: two collectives, whatever their number."""
+
+    def __init__(self, chain: _Chain, node_size: int):
+        super().__init__(chain, int(chain.holders.max()) + 1)
+
+
+def _entering(run: Elements, enters: Tensor | None) -> Tensor:
+    """What enters each element of a run that `enters` enters, from what each leaves; (n, rows, width)."""
+    states, decays = run.at(slice(None, -1))
+    if enters is None:
+        return F.pad(states, (0, 0, 0, 0, 1, 0))
+    return torch.cat([enters[None], decays * enters + states])
+
+
+def _to_slices(elements: Elements, parts: int, within: Literal["group", "node"]) -> Exchange:
+    """(parts x slots, rows, width / parts): this rank's slice of every state of every rank, and the decays."""
+    states, decays = elements
+    states = F.pad(states, (0, -states.shape[2] % parts))
+    slices = states.unflatten(2, (parts, -1)).movedim(2, 0)
+    if decays.shape[2] == 1:
+        shares = decays.expand(parts, *decays.shape)
+    else:
+        shares = F.pad(decays, (0, -decays.shape[2] % parts)).unflatten(2, (parts, -1)).movedim(2, 0)
+    received = yield AllToAll(torch.cat([slices.flatten(1), shares.flatten(1)], dim=1), within)
+    return Elements(*(t.flatten(0, 1) for t in _unpack(received, slices.shape[1:], shares.shape[1:])))
+
+
+def _from_slices(states: Tensor, parts: int, within: Literal["group", "node"]) -> Exchange:
+    """A slice of each rank's states, (parts x slots, rows, width / parts) -> this rank's, (slots, rows, width)."""
+    received = yield AllToAll(states.unflatten(0, (parts, -1)), within)
+    return received.movedim(0, 2).flatten(2)
+
+
+class _Ring:
+    """States are handed along the chain, in blocks, so that a rank hands on one while the next is on its way."""
+
+    def __init__(self, chain: _Chain, node_size: int):
+        holders = [None, *chain.holders.tolist(), None]
+        self.rank = chain.rank
+        self.hops = [(int(chain.slots[p]), holders[p], holders[p + 2]) for p in chain.mine.tolist()]
+        self.blocks = RING_BLOCKS if _is_passed_whole(chain.holders.tolist()) else 1
+
+    def run(self, elements: Elements) -> Exchange:
+        entering = torch.zeros_like(elements.states)
+        length = max(1, -(-elements.states.shape[2] // self.blocks))
+        leaving: list[Tensor] = []
+        for slot, previous, following in self.hops:
+            arrived, leaving = leaving, []
+            places = entering[slot].split(length, dim=1)
+            states, decays = elements.at(slot)
+            shares = decays.split(length, dim=1) if decays.shape[1] > 1 else [decays] * len(places)
+            for index, (place, state, decay) in enumerate(zip(places, states.split(length, 1), shares, strict=True)):
+                if previous == self.rank:
+                    place.copy_(arrived[index])
+                elif previous is not None:
+                    got = yield Messages({}, {previous: place.numel()}, place)
+                    place.copy_(got[previous].view(place.shape))
+                leaving.append(decay * place + state)
+                if following not in (None, self.rank):
+                    yield Messages({following: leaving[-1].flatten()}, {}, place)
+        return entering
+
+
+def _is_passed_whole(holders: Sequence[int]) -> bool:
+    """Whether a rank that is handed states a second time has handed on all of the first by then: somebody between holds
+    neighbouring segments, and so has them all before the first leaves. Otherwise blocks could wait for one another."""
+    runs = [(holder, len(list(run))) for holder, run in itertools.groupby(holders)]
+    last: dict[int, int] = {}
+    for index, (holder, _) in enumerate(runs):
+        if holder in last and all(length == 1 for _, length in runs[last[holder] + 1 : index]):
+            return False
+        last[holder] = index
+    return True
+
+
+_BACKENDS: dict[str, type] = {
+    "all_gather": _AllGather,
+    "sliced": _Sliced,
+    "hierarchical": _Hierarchical,
+    "log_step": _LogStep,
+    "ring": _Ring,
+}
+
+
+def exchange(
+    state: Tensor, decay: Tensor, table: SegmentTable, rank: int, backend: StateScan, *,
+    node_size: int | None = None, reverse: bool = False,
+) -> Exchange:  # fmt: skip
+    """The steps by which `rank` learns what enters its segments, for `messages` to carry.
+
+    state, decay: as in `state_scan`. node_size: ranks of a node, None: all. reverse: from the last segment back.
+    """
+    node_size = node_size or table.ranks
+
+    def make():
+        step = -1 if reverse else 1
+        chain = _Chain(table.holders[::step], table.places[::step], rank, table.slots, state.device)
+        return _BACKENDS[backend](chain, node_size)
+
+    kept = table.local(rank).kept(("state_scan", backend, node_size, reverse, state.device), make)
+    entering = yield from kept.run(_elements(state, decay))
+    return entering.reshape(state.shape)
+
+
+class Pending:
+    """An exchange under way; on a GPU it runs beside the current stream."""
+
+    def __init__(self, entering: Tensor, done: torch.cuda.Event | None):
+        self.entering, self.done = entering, done
+
+    def wait(self) -> Tensor:
+        """The states that enter this rank's segments, like those that leave them. The host does not wait."""
+        if self.done is not None:
+            torch.cuda.current_stream(self.entering.device).wait_event(self.done)
+        return self.entering
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def begin(
+    state: Tensor, decay: Tensor, table: SegmentTable, group: Group, backend: StateScan, *, reverse: bool = False
+) -> Pending:
+    """Start an exchange over `group`, outside autograd; arguments as in `state_scan`.
+
+    Tensors of one exchange must be let go of before the next begins, which waits for all that was issued before it.
+    """
+    check_choice("state_scan", backend, STATE_SCANS)
+    if len(table.segments) == 1:
+        return Pending(torch.zeros_like(state), None)
+    if backend == "hierarchical" and group.nodes > 1 and group.node is None:
+        raise ValueError(
+            f"state_scan 'hierarchical' needs as many ranks of {group.name} ({group.size}) on each of its nodes "
+            f"({group.nodes}); choose a cp that fills whole nodes, or 'log_step'"
+        )
+    node_size = None if group.node is None else group.node.size
+    work = exchange(state, decay, table, group.rank, backend, node_size=node_size, reverse=reverse)
+    if not state.is_cuda:
+        return Pending(ProcessGroups(group).run(work), None)
+    stream = _side_stream(state.device)
+    stream.wait_stream(torch.cuda.current_stream(state.device))
+    with torch.cuda.stream(stream):
+        entering = ProcessGroups(group).run(work)
+        return Pending(entering, stream.record_event())
 
 
 def state_scan(state: Tensor, decay: Tensor, table: SegmentTable, group: Group, backend: StateScan) -> Tensor:
     """The state that enters each of this rank's segments; communicates over `group`.
 
-    state: (segments, ...), what each segment leaves when nothing enters it, in slot order; float32 or wider.
-    decay: the same number of axes, of size 1 where it is shared: the share of an entering state each segment leaves.
-    backend: "all_gather": one collective that brings every rank every state; "ring": hand-overs from segment to
-    segment, least traffic, one after the other. Returns (segments, ...) like `state`; zeros enter the first segment.
+    state: (segments, batch, nheads, ...), what each segment leaves when nothing enters it, in slot order; float32 or
+    wider. decay: the same number of axes, of size 1 where it is shared: the share of an entering state that each
+    segment leaves. Returns (segments, batch, nheads, ...) like `state`; zeros enter the first segment.
+
+    What each of P ranks receives, in M nodes of g, of states of s bytes, k of them a rank:
+
+    | backend        | bytes                                       | launches             |
+    |----------------|---------------------------------------------|----------------------|
+    | `all_gather`   | (P - 1) k s: every state                    | 1                    |
+    | `sliced`       | 2 k s: a slice of every state, then its own | 2                    |
+    | `hierarchical` | 2 k s in its node, log2(k M) k s / g beyond | 2 + log2(k M)        |
+    | `log_step`     | log2(k P) k s                               | log2(k P)            |
+    | `ring`         | k s, one rank after the other               | k a block, of few    |
+
+    Raises ValueError for an unknown backend, and for `hierarchical` over nodes that hold unlike numbers of ranks.
     """
-    check_choice("backend", backend, ("all_gather", "ring"))
-    if len(table.chain) == 1:
-        return torch.zeros_like(state)
     return _StateScan.apply(state, decay, table, group, backend)
 
 
 class _StateScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, state, decay, table, group, backend):
-        if backend == "ring":
-            entering = _ring(state, decay, table.chain, group)
-            decays = decay
-        else:
-            # one message for both; the decays alone are kept for backward
-            packed = _gather(torch.cat([state.flatten(1), decay.flatten(1)], dim=1), table, group)
-            states, decays = packed.split([math.prod(state.shape[1:]), math.prod(decay.shape[1:])], dim=2)
-            states, decays = states.unflatten(2, state.shape[1:]), decays.unflatten(2, decay.shape[1:]).clone()
-            entering = _prefix(states, decays, table.chain, group.rank, state)
-        ctx.save_for_backward(decays, entering)
-        ctx.table, ctx.group, ctx.backend, ctx.decay_shape = table, group, backend, decay.shape
+        entering = begin(state, decay, table, group, backend).wait()
+        ctx.save_for_backward(decay, entering)
+        ctx.options = table, group, backend
         return entering
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_entering):
-        decays, entering = ctx.saved_tensors
-        chain = ctx.table.chain[::-1]
-        if ctx.backend == "ring":
-            d_leaving = _ring(d_entering, decays, chain, ctx.group)
-        else:
-            gathered = _gather(d_entering, ctx.table, ctx.group)
-            d_leaving = _prefix(gathered, decays, chain, ctx.group.rank, d_entering)
-        return d_leaving, (d_leaving * entering).sum_to_size(ctx.decay_shape), None, None, None
-
-
-def _gather(tensor: Tensor, table: SegmentTable, group: Group) -> Tensor:
-    """(ranks, slots, ...) from every rank's (segments, ...); ranks with fewer segments are padded."""
-    missing = table.slots - tensor.shape[0]
-    if missing:
-        tensor = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
-    return gather_over(tensor, group)
-
-
-def _prefix(states: Tensor, decays: Tensor, chain: Iterable[tuple[int, int]], rank: int, like: Tensor) -> Tensor:
-    """Run the recurrence along the chain and keep what enters this rank's segments."""
-    entering = torch.zeros_like(like)
-    missing = len(like)
-    state: Tensor | None = None
-    for holder, slot in chain:
-        if missing == 0:
-            break
-        if holder == rank:
-            missing -= 1
-            if state is not None:
-                entering[slot] = state
-        state = states[holder, slot] if state is None else decays[holder, slot] * state + states[holder, slot]
-    return entering
-
-
-def _ring(state: Tensor, decay: Tensor, chain: tuple[tuple[int, int], ...], group: Group) -> Tensor:
-    """Hand the state along the chain; a rank waits for its predecessor only."""
-    entering = torch.zeros_like(state)
-    leaving = torch.zeros_like(state[0]) if len(state) else state
-    for link, (holder, slot) in enumerate(chain):
-        if holder != group.rank:
-            continue
-        if link > 0 and chain[link - 1][0] != group.rank:
-            dist.recv(leaving, group.ranks[chain[link - 1][0]], group=group.handle)
-        entering[slot] = leaving
-        leaving = decay[slot] * entering[slot] + state[slot]
-        if link + 1 < len(chain) and chain[link + 1][0] != group.rank:
-            ledger.enter("send", group.name, leaving)
-            dist.send(leaving.contiguous(), group.ranks[chain[link + 1][0]], group=group.handle)
-    return entering
+        decay, entering = ctx.saved_tensors
+        d_leaving = begin(d_entering, decay, *ctx.options, reverse=True).wait()
+        return d_leaving, (d_leaving * entering).sum_to_size(decay.shape), None, None, None

@@ -68,7 +68,7 @@ def cases(choice, dtype):
     step = {"L": choice.chunk, "HAS_BIAS": True, "SOFTPLUS": True}
     yield "discretize", steps.discretize_kernel, few, step | {"H": forward.HEADS_PER_STEP_PROGRAM}
     tiles = {"K": choice.block, "P": choice.P, "PT": choice.P_tiles}
-    more = tiles | {"H": backward.HEADS_PER_PROGRAM, "HAS_D_DECAY": True}
+    more = tiles | {"H": backward.HEADS_PER_PROGRAM}
     yield "discretize_backward", steps.discretize_backward_kernel, few, step | more
     size = choice.N * choice.P * choice.P_tiles
     yield "pass", sweep.pass_kernel, few, {"SIZE": size, "BLOCK": min(size, 1024), "REVERSE": False, "STORE": True}

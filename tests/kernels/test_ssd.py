@@ -127,11 +127,12 @@ def test_leaving_state_and_decay():
     inputs = make_inputs(1, 20)
     arguments = {name: inputs[name] for name in ("x", "dt", "A", "B", "C")}
     cu_seqlens = [0, 0, 9, 20]
-    span = SSDSpan(**arguments, chunk_size=4, cu_seqlens=Documents(cu_seqlens))
+    span = SSDSpan(**arguments, chunk_size=4, documents=Documents(cu_seqlens), enters=range(3), leaves=range(3))
     state, decay = span.leaving()
     entering = torch.randn(3, *inputs["initial_states"].shape[1:], dtype=torch.float64)
-    _, final = span.scan(entering)
+    y, final = chunked(4)(**arguments, initial_states=entering, cu_seqlens=cu_seqlens)
     assert_close(decay[..., None, None] * entering + state, final, RELATIVE[torch.float64])
+    assert_close(span.outputs(entering)[0], y, RELATIVE[torch.float64])
 
 
 def test_state_passing_gradients():

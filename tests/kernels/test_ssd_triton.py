@@ -98,27 +98,28 @@ def half_precision_tiles(headdim, d_state, *_):
 
 
 def check_spans(inputs, bounds, chosen):
-    """What chosen documents leave, and outputs when states enter them."""
+    """All four steps: states enter chosen documents, and are taken from the same."""
+    tensors = {name: tensor for name, tensor in inputs.items() if name not in ("z", "initial_states")}
     seqlen = inputs["x"].shape[1]
-    documents = {"chunk_size": 32, "cu_seqlens": torch.tensor([*OFFSETS[:-2], seqlen, seqlen])}
 
-    def scan_and_leave(backend, initial_states, **arguments):
-        span = SSDSpan(**arguments, **documents, dt_softplus=True, backend=backend)
-        state, decay = span.leaving(chosen)
-        y, final = span.scan(initial_states, into=chosen, final_states=False)
-        assert final is None
-        return y, torch.cat([state.flatten(2), decay[..., None]], -1)
+    def steps(backend, x, **arguments):
+        def span():
+            documents = Documents([*OFFSETS[:-2], seqlen, seqlen])
+            options = {"dt_softplus": True, "backend": backend}
+            return SSDSpan(x, **arguments, **options, chunk_size=32, documents=documents, enters=chosen, leaves=chosen)
 
-    actual = outcome(functools.partial(scan_and_leave, "triton"), inputs)
-    check(actual, outcome(functools.partial(scan_and_leave, "torch"), wide(inputs)), bounds)
+        states = inputs["initial_states"][: len(chosen)].to(torch.promote_types(x.dtype, FP32))
+        dy, d_leaving = cotangent(x.shape, x.device), cotangent(states.shape, x.device)
+        ahead, back = span(), span()
+        left, decay = ahead.leaving()
+        y, kept = ahead.outputs(states)
+        found = {"y": y, "final_states": torch.cat([left.flatten(2), decay[..., None]], -1)}
+        found["dinitial_states"] = back.entering_gradient(dy.to(y.dtype))
+        names = ("dx", "ddt", "dA", "dB", "dC", "dD", "ddt_bias")
+        gradients = back.gradients(dy.to(y.dtype), states, d_leaving, kept)
+        return found | dict(zip(names, gradients, strict=True))
 
-
-def state_gradient(inputs, offsets):
-    """By the sweep alone, of the documents' entering states."""
-    C, dt, A, dt_bias = (inputs[name] for name in ("C", "dt", "A", "dt_bias"))
-    dy = cotangent(inputs["x"].shape, C.device).to(C.dtype)
-    steps = (True, 0.0, math.inf)
-    return ops.call(ops.ssd_state_gradient, dy, C, dt, A, dt_bias, offsets, None, len(offsets) - 1, *steps)
+    check(steps("triton", **tensors), steps("torch", **wide(tensors)), bounds)
 
 
 @interpreted
@@ -158,20 +159,11 @@ class TestInterpreted:
         seq_idx = torch.tensor([[3] * 31 + [4] + [0] * 38, [2] * 70])
         check_scan(draw((2, 70, 2, 16, 16, 1), FP32), seq_idx=seq_idx)
 
-    @pytest.mark.parametrize("chosen", [None, [7, 2, 0]])
-    def test_spans(self, chosen):
-        inputs = draw((1, 150, 1, 24, 20, 1), FP32, owners=len(chosen or OFFSETS[1:]))
-        check_spans(inputs, SSD_INTERPRETED, chosen)
-
-    @pytest.mark.parametrize("processors", [1, 8])
-    def test_state_gradient(self, processors, monkeypatch):
-        monkeypatch.setattr(launcher, "INTERPRETED_AS", (90, processors))
-        inputs, offsets = draw((1, 300, 2, 24, 20, 1), FP32, owners=3), torch.tensor([0, 0, 31, 300])
-        expected = outcome(by_definition, wide(inputs), loss=("y",), cu_seqlens=offsets)["dinitial_states"]
-        assert_close(state_gradient(inputs, offsets), expected, RELATIVE[FP32])
-        inputs["C"].requires_grad_()
-        with pytest.raises(NotImplementedError, match="none of its own"):
-            state_gradient(inputs, offsets).sum().backward()
+    @pytest.mark.parametrize("seqlen", [150, 600])
+    @pytest.mark.parametrize("chosen", [[*range(9)], [7, 2, 0], []], ids=str)
+    def test_spans(self, chosen, seqlen, tables):
+        check_spans(draw((1, seqlen, 1, 24, 20, 1), FP32, owners=len(chosen)), SSD_INTERPRETED, chosen)
+        assert tables[0].cut == (seqlen > 150)
 
     @pytest.mark.parametrize("ngroups", [1, 2])
     def test_tiles(self, ngroups, monkeypatch):
@@ -216,11 +208,10 @@ class TestInterpreted:
         ("numbers", "message"), [([1, 1], "at most once"), ([0, 2], "from 0 to 1, got 0 to 2"), ([-1], "from 0 to 1")]
     )
     def test_numbers_of_no_document(self, numbers, message, backend):
-        span = SSDSpan(*list(draw((1, 9, 2, 16, 16, 1), FP32).values())[:5], 32, cu_seqlens=[0, 4, 9], backend=backend)
-        with pytest.raises(ValueError, match=message):
-            span.leaving(numbers)
-        with pytest.raises(ValueError, match=message):
-            span.scan(torch.zeros(len(numbers), 2, 16, 16), into=numbers)
+        tensors = list(draw((1, 9, 2, 16, 16, 1), FP32).values())[:5]
+        for edges in ((numbers, []), ([], numbers)):
+            with pytest.raises(ValueError, match=message):
+                SSDSpan(*tensors, 32, Documents([0, 4, 9]), *edges, backend=backend)
 
     @pytest.mark.parametrize("function", [on_triton, on_torch])
     def test_training_after_inference(self, function):
@@ -251,9 +242,7 @@ class TestInterpreted:
         with pytest.raises(ValueError, match="use 'torch'"):
             on_triton(**draw((1, 2, 1, headdim, 16, 1), dtype))
 
-    @pytest.mark.parametrize(
-        "name", ["ssd_scan", "ssd_state", "ssd_state_gradient", "ssd_scan_backward", "ssd_state_backward"]
-    )
+    @pytest.mark.parametrize("name", ["ssd_scan", "ssd_scan_backward"])
     def test_operators(self, name):
         differentiable = not name.endswith("backward")
         inputs = draw((1, 5, 2, 16, 16, 1), FP32, gate=True)
@@ -261,15 +250,12 @@ class TestInterpreted:
             inputs[key] = inputs[key].transpose(1, 2).contiguous().transpose(1, 2)
         x, dt, A, B, C, D, z, dt_bias, states = (t.requires_grad_(differentiable) for t in inputs.values())
         offsets, enters, steps = torch.tensor([0, 2, 5]), torch.tensor([1]), (True, 0.0, math.inf)
-        final, decay, empty = torch.randn(2, 2, 16, 16), torch.randn(2, 2), torch.empty(0)
+        final, empty = torch.randn(2, 2, 16, 16), torch.empty(0)
         arguments = {
             "ssd_scan": (x, dt, A, B, C, D, z, dt_bias, states, offsets, enters, None, 2, *steps, True, True),
-            "ssd_state": (x, dt, A, B, dt_bias, offsets, None, 2, *steps),
-            "ssd_state_gradient": (x, C, dt, A, dt_bias, offsets, enters, 1, *steps),
             "ssd_scan_backward": (
                 None, final, empty, empty, x, dt, A, B, C, D, z, dt_bias, states, offsets, enters, None, *steps
             ),
-            "ssd_state_backward": (final, decay, x, dt, A, B, dt_bias, offsets, None, *steps),
         }[name]  # fmt: skip
         tests = ("test_schema", "test_faketensor", *["test_autograd_registration"] * differentiable)
         torch.library.opcheck(getattr(torch.ops.mamba2_dist, name), arguments, test_utils=tests)
@@ -394,17 +380,10 @@ class TestOnGPU:
         check_scan(draw(MEDIUM, dtype, device="cuda"), SSD[dtype], on_torch, loss=loss)
 
     @pytest.mark.parametrize("dtype", [BF16, FP32])
-    @pytest.mark.parametrize("chosen", [None, [7, 2, 0]])
-    def test_spans(self, chosen, dtype, poisoned):
-        inputs = draw(MEDIUM, dtype, device="cuda", owners=len(chosen or OFFSETS[1:]))
-        check_spans(inputs, SSD[dtype], chosen)
-
-    @pytest.mark.parametrize("dtype", [BF16, FP32])
-    def test_state_gradient(self, dtype, poisoned):
-        inputs = without(draw(MEDIUM, dtype, device="cuda", owners=3), "z", "D")
-        offsets = torch.tensor([0, 0, 31, MEDIUM[1]])
-        expected = outcome(on_torch, wide(inputs), loss=("y",), cu_seqlens=offsets)["dinitial_states"]
-        assert_close(state_gradient(inputs, offsets), expected, SSD[dtype]["dinitial_states"])
+    @pytest.mark.parametrize("shape", [MEDIUM, (1, 8192, 2, 64, 128, 1)], ids=str)
+    @pytest.mark.parametrize("chosen", [[*range(9)], [7, 2, 0]], ids=str)
+    def test_spans(self, chosen, shape, dtype, poisoned):
+        check_spans(draw(shape, dtype, device="cuda", owners=len(chosen)), SSD[dtype], chosen)
 
     @pytest.mark.parametrize(
         ("dtype", "shape"),

@@ -106,7 +106,7 @@ def _count(tp: int, cp: int, ngroups: int, sequence_parallel: bool) -> dict:
 
 
 REDUCE, GATHER, SCATTER = ("all_reduce", "tp"), ("all_gather", "tp"), ("reduce_scatter", "tp")
-HALO, STATES = ("all_to_all", "cp"), ("all_gather", "cp")
+HALO, STATES = ("all_to_all", "cp"), ("all_gather", "states")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from mamba2_dist.kernels.ssd import mamba_chunk_scan_combined
 from mamba2_dist import SegmentTable
 from mamba2_dist.parallel.attention import attention_over_segments
 from mamba2_dist.parallel.groups import Group
-from mamba2_dist.parallel.ssd import conv1d_over_segments, ssd_over_segments
+from mamba2_dist.parallel.ssd import SSDOverSegments, conv1d_over_segments
 
 from ..distributed import run_ranks
 from ..splits import groups_of
@@ -76,7 +76,7 @@ def _check(segments, ranks, documents):
     _compare(
         table,
         scan_inputs,
-        lambda x, dt, B, C, group: ssd_over_segments(x, dt, A, B, C, 4, table, group, D=D)[0],
+        lambda x, dt, B, C, group: SSDOverSegments(x, dt, A, B, C, 4, table, group, D=D).outputs(),
         lambda *t: _by_document(lambda x, dt, B, C: mamba_chunk_scan_combined(x, dt, A, B, C, 4, D=D), documents, *t),
     )
     alone = Group("cp")
@@ -127,7 +127,7 @@ def _check_triton(segments, ranks, documents):
     _compare(
         table,
         [draw(2, 16), draw(2).abs(), draw(1, 16), draw(1, 16)],
-        lambda x, dt, B, C, group: ssd_over_segments(x, dt, A, B, C, 64, table, group, D=D, backend="triton")[0],
+        lambda x, dt, B, C, group: SSDOverSegments(x, dt, A, B, C, 64, table, group, D=D, backend="triton").outputs(),
         lambda *t: _by_document(
             lambda x, dt, B, C: mamba_chunk_scan_combined(x, dt, A, B, C, 64, D=D, backend="torch"), documents, *t
         ),

@@ -42,7 +42,7 @@ def test_zigzag_balances_causal_work(seqlen, ranks):
     table = SegmentTable.zigzag(seqlen, ranks)
     work = [int((table.local(rank).positions + 1).sum()) for rank in range(ranks)]
     assert max(work) - min(work) <= 2 * seqlen
-    assert [holder for holder, _ in table.chain] == [*range(ranks), *reversed(range(ranks))]
+    assert table.holders.tolist() == [*range(ranks), *reversed(range(ranks))]
 
 
 def test_shards_rejoin():

@@ -1,12 +1,14 @@
-"""The scan over ranks against the recurrence on one process, for every kind of decay, and its gradients."""
+"""The scan over ranks against the recurrence on one process: every backend, kind of decay and layout, and gradients."""
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from mamba2_dist import SegmentTable
-from mamba2_dist.parallel.state_scan import state_scan
+from mamba2_dist.parallel.messages import loopback
+from mamba2_dist.parallel.segments import Segment
+from mamba2_dist.parallel.state_scan import STATE_SCANS, exchange, state_scan
 
 from ..distributed import run_ranks
 from ..splits import groups_of, make_table
@@ -15,30 +17,38 @@ from ..tolerances import EXACT, assert_close
 STATE = (2, 3, 4, 5)  # batch, nheads, headdim, d_state
 
 
-def _decays(kind: str, segments: int) -> torch.Tensor:
+def _elements(kind: str, segments: int) -> tuple[torch.Tensor, torch.Tensor]:
     shape = STATE if kind == "elementwise" else (*STATE[:2], 1, 1)
     decay = torch.rand(segments, *shape, dtype=torch.float64)
     if kind == "signed":
         decay = 2 * decay - 1
-    return decay * (torch.rand(segments, 1, 1, 1, 1) > 0.2)  # some segments start a document
+    starts = torch.rand(segments, 1, 1, 1, 1) > 0.2  # some segments start a document
+    return torch.randn(segments, *STATE, dtype=torch.float64), decay * starts
 
 
-def _scan(table: SegmentTable, kind: str, backend: str):
-    group = groups_of(1, table.ranks).cp
-    order = [[link for link, owner in enumerate(table.chain) if owner[0] == rank] for rank in range(table.ranks)]
-    order = [sorted(links, key=lambda link: table.chain[link][1]) for links in order]
-    states = torch.randn(len(table.chain), *STATE, dtype=torch.float64, requires_grad=True)
-    decays = _decays(kind, len(table.chain)).requires_grad_()
-    weights = torch.randn_like(states)
-
-    entering, state = [], torch.zeros(STATE, dtype=torch.float64)
-    for link in range(len(table.chain)):
+def _recurrence(states: torch.Tensor, decays: torch.Tensor) -> torch.Tensor:
+    """What enters each position of a chain."""
+    entering, state = [], torch.zeros_like(states[0])
+    for link in range(len(states)):
         entering.append(state)
         state = decays[link] * state + states[link]
-    expected = torch.stack(entering)
+    return torch.stack(entering)
+
+
+def _positions(table: SegmentTable, rank: int) -> list[int]:
+    """Of a rank's segments in the chain, in slot order."""
+    order = {segment: position for position, segment in enumerate(table.segments)}
+    return [order[segment] for segment in table.held[rank]]
+
+
+def _scan(table: SegmentTable, kind: str, backend: str, node_size: int | None = None):
+    group = groups_of(1, table.ranks, node_size=node_size).states
+    states, decays = (t.requires_grad_() for t in _elements(kind, len(table.segments)))
+    weights = torch.randn_like(states)
+    expected = _recurrence(states, decays)
     (expected * weights).sum().backward()
 
-    mine = order[group.rank]
+    mine = _positions(table, group.rank)
     state, decay = (t.detach()[mine].requires_grad_() for t in (states, decays))
     result = state_scan(state, decay, table, group, backend)
     (result * weights[mine]).sum().backward()
@@ -47,7 +57,7 @@ def _scan(table: SegmentTable, kind: str, backend: str):
     assert_close(decay.grad, decays.grad[mine], EXACT, "decay gradient")
 
 
-@pytest.mark.parametrize("backend", ["all_gather", "ring"])
+@pytest.mark.parametrize("backend", STATE_SCANS)
 @pytest.mark.parametrize("kind", ["scalar", "signed", "elementwise"])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "uneven"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -55,21 +65,62 @@ def test_every_decay_and_layout(ranks, layout, kind, backend):
     run_ranks(ranks, _scan, make_table(layout, 24, ranks, [[0, 24]]), kind, backend)
 
 
-# a failure ends the ranks, so looking for a smaller one would take minutes
-@settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.generate])
-@given(st.permutations([0, 0, 1, 1, 2]), st.sampled_from(["all_gather", "ring"]))
-def test_segments_in_any_order(owners, backend):
-    from mamba2_dist.parallel.segments import Segment
+@pytest.mark.parametrize("node_size", [1, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "uneven"])
+def test_nodes(layout, node_size):
+    run_ranks(4, _scan, make_table(layout, 24, 4, [[0, 24]]), "scalar", "hierarchical", node_size)
 
+
+def _uneven_nodes():
+    with pytest.raises(ValueError, match=r"as many ranks of states \(4\) on each of its nodes \(2\)"):
+        _scan(SegmentTable.contiguous(8, 4), "scalar", "hierarchical", 3)
+
+
+def test_uneven_nodes_are_refused():
+    run_ranks(4, _uneven_nodes)
+
+
+# a failure ends the ranks, so looking for a smaller one would take minutes
+@settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(st.permutations([0, 0, 1, 1, 2]), st.sampled_from(STATE_SCANS))
+@example([1, 1, 0, 2, 0], "ring")
+def test_segments_in_any_order(owners, backend):
     slots = [owners[:i].count(owner) for i, owner in enumerate(owners)]
     segments = [Segment(i, i + 1, owner, slot) for i, (owner, slot) in enumerate(zip(owners, slots, strict=True))]
     run_ranks(3, _scan, SegmentTable(segments, ranks=3), "scalar", backend)
 
 
+def _play(table: SegmentTable, backend: str, node_size: int, reverse: bool):
+    states, decays = (t[:, :1, :1, :1, :3] for t in _elements("scalar", len(table.segments)))
+    order = torch.arange(len(states)).flip(0) if reverse else torch.arange(len(states))
+    expected = torch.empty_like(states)
+    expected[order] = _recurrence(states[order], decays[order])
+    positions = [_positions(table, rank) for rank in range(table.ranks)]
+    exchanges = [
+        exchange(states[mine], decays[mine], table, rank, backend, node_size=node_size, reverse=reverse)
+        for rank, mine in enumerate(positions)
+    ]
+    for mine, result in zip(positions, loopback(exchanges, node_size), strict=True):
+        assert_close(result, expected[mine], EXACT, "entering states")
+
+
+@pytest.mark.parametrize("backend", STATE_SCANS)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("ranks", "node_size"), [(7, 7), (64, 8), (96, 8), (64, 1)])
+def test_many_ranks_in_one_process(ranks, node_size, layout, reverse, backend):
+    _play(getattr(SegmentTable, layout)(2 * ranks, ranks), backend, node_size, reverse)
+
+
+@pytest.mark.parametrize("backend", STATE_SCANS)
+def test_4096_ranks(backend):
+    _play(SegmentTable.contiguous(4096, 4096), backend, 8, reverse=True)
+
+
 def _float32():
     table = SegmentTable.contiguous(8, 2)
     state = torch.ones(1, 1, 1, 2, 2)
-    result = state_scan(state, torch.ones(1, 1, 1, 1, 1), table, groups_of(1, 2).cp, "ring")
+    result = state_scan(state, torch.ones(1, 1, 1, 1, 1), table, groups_of(1, 2).states, "ring")
     assert result.dtype == torch.float32
 
 
@@ -78,5 +129,6 @@ def test_states_stay_float32():
 
 
 def test_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="backend must be one of"):
-        state_scan(torch.zeros(1), torch.zeros(1), SegmentTable.contiguous(4, 1), groups_of(1, 1).cp, "gossip")
+    table = SegmentTable.contiguous(4, 1)
+    with pytest.raises(ValueError, match="state_scan must be one of"):
+        state_scan(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), table, groups_of(1, 1).states, "gossip")

@@ -12,12 +12,14 @@ from .chunk_backward import dx_kernel, outside_kernel, pairs_kernel, skip_kernel
 from .config import Config, Launch
 from .forward import (
     Steps,
+    Swept,
     Way,
     compiler_options,
     discretize,
+    entering_spans,
     skip_strides,
     sweep,
-    what_enters,
+    sweep_spans,
 )
 from .gate import gate_backward_kernel
 from .problem import Problem, aligned, aligned_size, aligned_view, empty_aligned, pad_states, strides, unpad_states
@@ -45,11 +47,10 @@ class Gradients:
 
 def backward(
     problem: Problem, D: Tensor | None, initial: Tensor | None, entering: Tensor | None, dy: Tensor | None,
-    d_final: Tensor | None, d_decay: Tensor | None = None, gate: tuple[Tensor, Tensor] | None = None,
+    d_final: Tensor | None, gate: tuple[Tensor, Tensor] | None = None, d_swept: Swept | None = None,
 ) -> Gradients:  # fmt: skip
-    """Gradients from those of y (None: only states were wanted), of the final states (None: not used) and of the
-    documents' total log decays, (rows of final states, nheads). entering: as `forward` kept it, None: not kept; gate:
-    y before the gate, and z."""
+    """Gradients from those of y (None: not used) and of the final states (None: not used). entering: as `forward` kept
+    it, None: not kept; gate: y before the gate, and z; d_swept: where the spans have been swept back already."""
     config, table = problem.config, problem.table
     x, B, C = problem.x, problem.B, problem.C
     size = config.chunk
@@ -58,7 +59,7 @@ def backward(
         dy, dz, skip = _gate_gradients(problem, D, dy, *gate)
     dy = None if dy is None else aligned(dy.to(x.dtype))
     initial, d_final = pad_states(initial, config), pad_states(d_final, config)
-    steps = discretize(problem, size)
+    steps = d_swept.steps if d_swept is not None else discretize(problem, size)
     none = table.no_span
 
     d_initial = None
@@ -71,9 +72,11 @@ def backward(
     d_state, d_index = d_final, table.span_final if d_final is not None else none
     if table.cut:
         if entering is None:
-            entering = what_enters(problem, steps, size, initial, False, x, B)
+            entering = entering_spans(problem, sweep_spans(problem, x, B, table.precedes, steps=steps), initial)
         state = entering
-        d_state = what_enters(problem, steps, size, d_final, True, dy, C)
+        if d_swept is None:
+            d_swept = sweep_spans(problem, dy, C, table.follows, steps=steps, reverse=True)
+        d_state = entering_spans(problem, d_swept, d_final)
         state_index = d_index = table.span_itself
 
     heads, heads_per_program = problem.once("waves", lambda: _waves(problem))
@@ -91,7 +94,7 @@ def backward(
         _outside(problem, steps, dy, made, wave)
         # afterwards: dx may lie where h was
         _dx(problem, steps, dy, D, made, wave)
-        _discretize_backward(problem, steps, d_decay, made, wave)
+        _discretize_backward(problem, steps, made, wave)
     dB = _sum_shares(made.dB)
     dC = None if made.dC is None else _sum_shares(made.dC)
     dA, ddt_bias, dD = _sum_chunks(problem, made.shares)
@@ -343,21 +346,21 @@ def _dx(problem: Problem, steps: Steps, dy: Tensor | None, D: Tensor | None, mad
     )  # fmt: skip
 
 
-def _discretize_backward(problem: Problem, steps: Steps, d_decay: Tensor | None, made: _Room, wave: Wave) -> None:
+def _discretize_backward(problem: Problem, steps: Steps, made: _Room, wave: Wave) -> None:
     """ddt and the shares of dA, ddt_bias and dD."""
     config, dt, bias, ddt = problem.config, problem.dt, problem.dt_bias, made.ddt
     chunks = problem.table.by_chunk[config.chunk]
     problem.run(
-        discretize_backward_kernel, (wave, d_decay is None),
+        discretize_backward_kernel, (wave,),
         lambda: dict(
             grid=(chunks.count, triton.cdiv(wave.heads, HEADS_PER_PROGRAM)), nchunks=chunks.count,
             **strides("", dt), d_row_stride=ddt.stride(0), d_token_stride=ddt.stride(1), first_head=wave.first,
             wheads=wave.heads, nheads=problem.nheads, ngroups=problem.ngroups, low=float(problem.dt_limit[0]),
             high=float(problem.dt_limit[1]), L=config.chunk, K=config.block, H=HEADS_PER_PROGRAM,
             P=config.P, PT=config.P_tiles, HAS_BIAS=bias is not None, SOFTPLUS=problem.dt_softplus,
-            HAS_D_DECAY=d_decay is not None, num_warps=4,
+            num_warps=4,
         ),
         dt_ptr=dt, dt_bias_ptr=problem.A if bias is None else bias, A_ptr=problem.A, cum_ptr=steps.cum,
         steepest_ptr=steps.steepest, sums_ptr=made.sums, W_ptr=made.W, S_ptr=made.S, ddt_ptr=ddt,
-        shares_ptr=made.shares, d_decay_ptr=made.W if d_decay is None else d_decay, chunks_ptr=chunks.chunks,
+        shares_ptr=made.shares, chunks_ptr=chunks.chunks,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The kernels in order, forward: outputs and final states, what documents leave, and the sweep that is its adjoint."""
+"""The kernels in order, forward: outputs and final states; the sweeps of the spans, in both directions."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -141,49 +141,56 @@ def _pass(
     return entering
 
 
-def what_enters(
-    problem: Problem, steps: Steps, size: int, initial: Tensor | None, reverse: bool, rows: Tensor | None,
-    cols: Tensor | None,
-) -> Tensor:  # fmt: skip
+@dataclass(frozen=True)
+class Swept:
+    """What every span leaves when nothing enters, and its total log2 decay, (nspans, nheads); in reverse, the gradient
+    of the state that enters it when nothing follows."""
+
+    steps: Steps
+    left: Tensor
+    decay: Tensor
+    reverse: bool
+
+
+def sweep_spans(
+    problem: Problem, rows: Tensor | None, cols: Tensor | None, index: Tensor, *, steps: Steps | None = None,
+    reverse: bool = False,
+) -> Swept:  # fmt: skip
+    """index: (nspans,) the spans wanted. steps: those of `config.chunk`, where they are made already."""
+    size = problem.config.chunk
+    steps = steps or discretize(problem, size)
+    left = new_states(problem, problem.table.nspans)
+    way = Way(rows, cols, None, problem.table.no_span, left, index)
+    decay = sweep(problem, steps, size, *(None, way) if reverse else (way, None))
+    return Swept(steps, left, decay, reverse)
+
+
+def entering_spans(problem: Problem, swept: Swept, initial: Tensor | None) -> Tensor:
     """What enters every span of cut documents: states, or in reverse the gradients of those that leave."""
     table = problem.table
-    left = new_states(problem, table.nspans)
-    way = Way(rows, cols, None, table.no_span, left, table.follows if reverse else table.precedes)
-    decay = sweep(problem, steps, size, *(None, way) if reverse else (way, None))
-    documents = table.document_final if reverse else table.document_initial
-    return _pass(
-        problem, left, decay, initial, documents if initial is not None else table.no_document, reverse=reverse
-    )
+    documents = table.document_final if swept.reverse else table.document_initial
+    index = documents if initial is not None else table.no_document
+    return _pass(problem, swept.left, swept.decay, initial, index, reverse=swept.reverse)
 
 
-def leaving(problem: Problem, count: int) -> tuple[Tensor, Tensor]:
+def leaving_documents(problem: Problem, swept: Swept, count: int) -> tuple[Tensor, Tensor]:
     """What each of `count` documents leaves when nothing enters, and the logarithm of its total decay,
-    (count, nheads)."""
-    table, size = problem.table, problem.config.chunk
-    left = new_states(problem, table.nspans)
-    way = Way(problem.x, problem.B, None, table.no_span, left, table.wanted)
-    decay = sweep(problem, discretize(problem, size), size, way)
+    (count, nheads); in reverse, the gradient of what enters it when nothing follows."""
+    table = problem.table
     final = new_states(problem, count), problem.x.new_empty(count, problem.nheads, dtype=torch.float32)
-    _pass(problem, left, decay, None, table.no_document, final=final, final_index=table.document_final)
+    _pass(
+        problem, swept.left, swept.decay, None, table.no_document, final=final, reverse=swept.reverse,
+        final_index=table.document_initial if swept.reverse else table.document_final,
+    )  # fmt: skip
     return unpad_states(problem, final[0]), final[1]
 
 
-def entering_gradient(problem: Problem, count: int) -> Tensor:
-    """The gradient of each of `count` rows of initial states when nothing follows; dy stands in the place of x."""
-    table, size = problem.table, problem.config.chunk
-    steps = discretize(problem, size)
-    d_initial = new_states(problem, count).zero_()
-    gradient = None if not table.cut else what_enters(problem, steps, size, None, True, problem.x, problem.C)
-    index = table.span_itself if table.cut else table.no_span
-    sweep(problem, steps, size, back=Way(problem.x, problem.C, gradient, index, d_initial, table.first_initial))
-    return unpad_states(problem, d_initial)
-
-
 def forward(
-    problem: Problem, D: Tensor | None, z: Tensor | None, initial: Tensor | None, count: int, keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    problem: Problem, D: Tensor | None, z: Tensor | None, initial: Tensor | None, count: int, keep: bool,
+    swept: Swept | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """y, final states and, to `keep` for the backward pass, y before the gate and what enters the spans of cut
-    documents."""
+    documents. count: 0 where no final states are asked for; swept: where the spans have been swept already."""
     config, table = problem.config, problem.table
     x, B, C = problem.x, problem.B, problem.C
     assert C is not None
@@ -192,9 +199,10 @@ def forward(
     entering, index = initial, table.span_initial if initial is not None else table.no_span
     steps = discretize(problem, config.scan_chunk)
     if table.cut:
-        size = config.chunk
-        longer = steps if size == config.scan_chunk else discretize(problem, size)
-        entering, index = what_enters(problem, longer, size, initial, False, x, B), table.span_itself
+        if swept is None:
+            same = steps if config.chunk == config.scan_chunk else None
+            swept = sweep_spans(problem, x, B, table.precedes, steps=same)
+        entering, index = entering_spans(problem, swept, initial), table.span_itself
     chunks = table.by_chunk[config.scan_chunk]
     y = empty_aligned(x)
     ungated = empty_aligned(x) if keep and z is not None else None
@@ -212,7 +220,8 @@ def forward(
         x_ptr=x, z_ptr=x if z is None else z, cum_ptr=steps.cum, log_dt_ptr=steps.log_dt, weight_ptr=steps.weight,
         B_ptr=B, C_ptr=C, D_ptr=steps.cum if D is None else D,
         enter_ptr=final if entering is None else entering, enter_index_ptr=index,
-        leave_ptr=final, leave_index_ptr=table.last_final, y_ptr=y, ungated_ptr=y if ungated is None else ungated,
+        leave_ptr=final, leave_index_ptr=table.last_final if count else table.no_span, y_ptr=y,
+        ungated_ptr=y if ungated is None else ungated,
         spans_ptr=chunks.spans,
     )  # fmt: skip
     return y, unpad_states(problem, final), ungated, entering if keep and table.cut else None
@@ -226,7 +235,7 @@ def skip_strides(D: Tensor | None) -> dict[str, int]:
 def _final_states(problem: Problem, initial: Tensor | None, count: int) -> Tensor:
     """Room for `count` final states; a document without tokens leaves the state that enters it."""
     final, table = new_states(problem, count), problem.table
-    if len(table.empty):
+    if count and len(table.empty):
         final.index_fill_(0, table.empty.long(), 0.0)
         if initial is not None:
             final[table.through[1]] = initial[table.through[0]]

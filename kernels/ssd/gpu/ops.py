@@ -1,7 +1,7 @@
 """The kernels as PyTorch operators: shapes for tracing, gradients, and nothing that a compiler cannot see through.
 
-mamba2_dist::ssd_scan and mamba2_dist::ssd_state, with their gradients ssd_scan_backward and ssd_state_backward. All
-are deterministic: no sum is taken in an order that may change.
+mamba2_dist::ssd_scan and its gradient, ssd_scan_backward. Both are deterministic: no sum is taken in an order that may
+change.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ...common.operators import call, fake, gradients_of, operator, without_gradients
 from .backward import backward
-from .forward import entering_gradient, forward, leaving
+from .forward import forward
 from .problem import make_problem
 
 
@@ -113,84 +113,3 @@ class _Scan(torch.autograd.Function):
         if gradients[8] is not None:
             gradients[8] = gradients[8].to(tensors[8].dtype)
         return *gradients, *[None] * 9
-
-
-@operator
-def ssd_state(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None, offsets: Tensor | None, leaves: Tensor | None,
-    final_count: int, dt_softplus: bool, dt_min: float, dt_max: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The states that documents leave when nothing enters, (final_count, nheads, headdim, d_state), and the logarithms
-    of their total decays, (final_count, nheads)."""
-    limits = (dt_min, dt_max)
-    problem = make_problem(x, dt, A, B, None, dt_bias, dt_softplus, limits, offsets, None, leaves)
-    return leaving(problem, final_count)
-
-
-@fake(ssd_state)
-def _(x, dt, A, B, dt_bias, offsets, leaves, final_count, dt_softplus, dt_min, dt_max):
-    return _states(x, B, final_count), x.new_empty(final_count, x.shape[2], dtype=torch.float32)
-
-
-@operator
-def ssd_state_backward(
-    d_final: Tensor, d_decay: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None,
-    offsets: Tensor | None, leaves: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, dt, A, B and dt_bias (empty where that is None)."""
-    limits = (dt_min, dt_max)
-    problem = make_problem(x, dt, A, B, None, dt_bias, dt_softplus, limits, offsets, None, leaves)
-    made = backward(problem, None, None, None, None, d_final, d_decay.contiguous())
-    ddt_bias = x.new_empty(0) if dt_bias is None else made.ddt_bias.to(dt_bias.dtype)
-    return made.dx.contiguous(), made.ddt, made.dA.to(A.dtype), made.dB.to(B.dtype).contiguous(), ddt_bias
-
-
-@fake(ssd_state_backward)
-def _(d_final, d_decay, x, dt, A, B, dt_bias, offsets, leaves, dt_softplus, dt_min, dt_max):
-    gradients = (_contiguous(tensor) for tensor in (x, dt, A, B))
-    return *gradients, x.new_empty(0) if dt_bias is None else _contiguous(dt_bias)
-
-
-@gradients_of(ssd_state)
-class _State(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        *tensors, _, dt_softplus, dt_min, dt_max = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.options = (dt_softplus, dt_min, dt_max)
-        return without_gradients(ssd_state, inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_final, d_decay):
-        tensors = ctx.saved_tensors
-        *gradients, ddt_bias = call(ssd_state_backward, d_final, d_decay, *tensors, *ctx.options)
-        return *gradients, None if tensors[4] is None else ddt_bias, *[None] * 6
-
-
-@operator
-def ssd_state_gradient(
-    dy: Tensor, C: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor | None, offsets: Tensor | None, enters: Tensor | None,
-    initial_count: int, dt_softplus: bool, dt_min: float, dt_max: float,
-) -> Tensor:  # fmt: skip
-    """The adjoint sweep: the gradient of the states entering documents, (initial_count, nheads, headdim, d_state), when
-    nothing follows them."""
-    limits = (dt_min, dt_max)
-    problem = make_problem(dy, dt, A, C, C, dt_bias, dt_softplus, limits, offsets, enters, None)
-    return entering_gradient(problem, initial_count)
-
-
-@fake(ssd_state_gradient)
-def _(dy, C, dt, A, dt_bias, offsets, enters, initial_count, dt_softplus, dt_min, dt_max):
-    return _states(dy, C, initial_count)
-
-
-@gradients_of(ssd_state_gradient)
-class _StateGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        return without_gradients(ssd_state_gradient, inputs)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError("ssd_state_gradient is a gradient and has none of its own")

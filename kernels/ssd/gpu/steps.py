@@ -92,11 +92,11 @@ def discretize_kernel(
 
 @triton.jit(do_not_specialize=["nchunks", "first_head", "wheads", "nheads", "ngroups", "low", "high"])
 def discretize_backward_kernel(
-    dt_ptr, dt_bias_ptr, A_ptr, cum_ptr, steepest_ptr, sums_ptr, W_ptr, S_ptr, ddt_ptr, shares_ptr, d_decay_ptr,
-    chunks_ptr, nchunks,
+    dt_ptr, dt_bias_ptr, A_ptr, cum_ptr, steepest_ptr, sums_ptr, W_ptr, S_ptr, ddt_ptr, shares_ptr, chunks_ptr,
+    nchunks,
     row_stride, token_stride, head_stride, d_row_stride, d_token_stride, first_head, wheads, nheads, ngroups, low, high,
     L: tl.constexpr, K: tl.constexpr, H: tl.constexpr, P: tl.constexpr, PT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr, HAS_D_DECAY: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of raw dt, and each chunk's shares, (nchunks, 3, nheads), of those of A, dt_bias and D, from sums
     over pairs of tokens.
@@ -104,8 +104,7 @@ def discretize_backward_kernel(
     The gradient of token k's log decay is the sum over pairs of source j and target i with j < k <= i: both in a block
     of the chunk's diagonal, both in the chunk but in different halves, source before the chunk, target after it, both
     outside. The first is summed from the last token back, adding what begins at a token and taking away what ends
-    there; unless a token decays so steeply that little but rounding would be beginning. d_decay is the gradient of a
-    document's total log decay.
+    there; unless a token decays so steeply that little but rounding would be beginning.
     """
     chunk = tl.program_id(0)
     row, start, length = place(chunks_ptr, nchunks, chunk)
@@ -152,12 +151,7 @@ def discretize_backward_kernel(
         beginning += tl.where(second, 0.0, beside)
         from_here = tl.cumsum(tl.where(second, beside, 0.0), 0, reverse=True)
         d_log_decay += tl.where(second, from_here, tl.cumsum(earlier_beside, 0))
-    whole = through * tl.exp2(cum_end)
-    if HAS_D_DECAY:
-        final = tl.load(chunks_ptr + 3 * nchunks + chunk)
-        wanted = tl.load(d_decay_ptr + tl.maximum(final, 0).to(tl.int64) * nheads + offs_h, mask=known, other=0.0)
-        whole += tl.where(final >= 0, wanted, 0.0)
-    d_log_decay += whole[None, :]
+    d_log_decay += (through * tl.exp2(cum_end))[None, :]
 
     raw = _raw(
         dt_ptr, dt_bias_ptr, row, start, length, row_stride, token_stride, head_stride, offs_l, offs_h, nheads, HAS_BIAS

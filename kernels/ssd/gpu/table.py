@@ -22,7 +22,7 @@ class Chunks:
     """The chunks of all spans, for one chunk size, in span order."""
 
     count: int
-    chunks: Tensor  # (4, count) int32: row, first token, length, row of the document's final state
+    chunks: Tensor  # (3, count) int32: row, first token, length
     spans: Tensor  # (5, nspans) int32: row, first token, length, first chunk, number of chunks
 
 
@@ -47,7 +47,8 @@ class Table:
     span_itself: Tensor  # (nspans,) 0, 1, 2, ...
     precedes: Tensor  # (nspans,) itself where another span of its document follows
     follows: Tensor  # (nspans,) itself where another span of its document comes before
-    wanted: Tensor  # (nspans,) itself where the document's final state is wanted
+    leads: Tensor  # (nspans,) itself where another follows or the document's final state is wanted
+    trails: Tensor  # (nspans,) itself where another comes before or the document's initial state has a gradient
     first_initial: Tensor  # (nspans,) row of the initial states at a document's first span
     empty: Tensor  # (n,) rows of the final states of documents without tokens
     through: Tensor  # (2, m) of those into which a state may come: its row, and that of the final state
@@ -108,13 +109,14 @@ def _build(offsets, enters, leaves, seqlen, programs_per_span, chunk_sizes, devi
         "span_itself": itself,
         "precedes": np.where(place + 1 < pieces[document], itself, -1),
         "follows": np.where(place > 0, itself, -1),
-        "wanted": np.where(final[document] >= 0, itself, -1),
+        "leads": np.where((place + 1 < pieces[document]) | (final[document] >= 0), itself, -1),
+        "trails": np.where((place > 0) | (initial[document] >= 0), itself, -1),
         "first_initial": np.where(place == 0, initial[document], -1),
         "empty": final[empty],
         "through": np.stack([initial[through], final[through]]),
     }
     for size in chunk_sizes:
-        arrays |= _chunks(row, start, length, final[document], size)
+        arrays |= _chunks(row, start, length, size)
     memory, parts = _move(arrays, device)
     chunks = {size: (parts.pop(f"chunks {size}"), parts.pop(f"spans {size}")) for size in chunk_sizes}
     return Table(
@@ -138,13 +140,13 @@ def _move(arrays: dict[str, np.ndarray], device: torch.device) -> tuple[Tensor, 
     return memory, {name: part[: array.size].view(array.shape) for (name, array), part in parts}
 
 
-def _chunks(row, start, length, final, size) -> dict[str, np.ndarray]:
+def _chunks(row, start, length, size) -> dict[str, np.ndarray]:
     """The chunks of all spans, and where those of each span are."""
     per_span = -(-length // size)
     span = np.repeat(np.arange(len(length)), per_span)
     first = np.cumsum(per_span) - per_span
     begin = (np.arange(len(span)) - first[span]) * size
-    chunks = [row[span], start[span] + begin, np.minimum(length[span] - begin, size), final[span]]
+    chunks = [row[span], start[span] + begin, np.minimum(length[span] - begin, size)]
     return {f"chunks {size}": np.stack(chunks), f"spans {size}": np.stack([row, start, length, first, per_span])}
 
 

@@ -1,0 +1,40 @@
+"""The SSD operator in four steps, by the kernels; see `..span`."""
+
+import torch
+from torch import Tensor
+
+from .backward import backward
+from .forward import Swept, forward, leaving_documents, sweep_spans
+from .problem import aligned, make_problem
+
+
+class GPUSpan:
+    def __init__(self, x, dt, A, B, C, D, dt_bias, offsets, enters, leaves, dt_softplus, dt_limit):
+        self.problem = make_problem(x, dt, A, B, C, dt_bias, dt_softplus, dt_limit, offsets, enters, leaves)
+        self.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (x, dt, A, B, C, D, dt_bias))
+        self.D, self.enters, self.leaves = D, len(enters), len(leaves)
+        self.swept: Swept | None = None
+
+    def leaving(self) -> tuple[Tensor, Tensor]:
+        problem = self.problem
+        self.swept = sweep_spans(problem, problem.x, problem.B, problem.table.leads)
+        state, log_decay = leaving_documents(problem, self.swept, self.leaves)
+        return state, torch.exp(log_decay)
+
+    def outputs(self, entering: Tensor) -> tuple[Tensor, Tensor]:
+        y, _, _, kept = forward(self.problem, self.D, None, entering, 0, True, self.swept)
+        return y, entering.new_empty(0) if kept is None else kept
+
+    def entering_gradient(self, dy: Tensor) -> Tensor:
+        problem = self.problem
+        rows = aligned(dy.to(problem.x.dtype))
+        self.swept = sweep_spans(problem, rows, problem.C, problem.table.trails, reverse=True)
+        return leaving_documents(problem, self.swept, self.enters)[0]
+
+    def gradients(self, dy, entering, d_leaving, kept=None) -> tuple[Tensor | None, ...]:
+        kept = kept if kept is not None and kept.numel() else None
+        made = backward(self.problem, self.D, entering, kept, dy, d_leaving, d_swept=self.swept)
+        found = (made.dx, made.ddt, made.dA, made.dB, made.dC, made.dD, made.ddt_bias)
+        return tuple(
+            None if dtype is None else tensor.to(dtype) for tensor, dtype in zip(found, self.dtypes, strict=True)
+        )
