@@ -13,12 +13,19 @@ AXES = ("tp", "cp", "pp", "dp")
 
 @dataclass(frozen=True)
 class Group:
-    """One communicator as this rank sees it; a group of one needs no process group."""
+    """One communicator as this rank sees it; a group of one needs no process group.
+
+    Where it spans nodes, as many ranks of each, `node` is its part on this rank's node and `rail` what stands at the
+    same place on every node; both are None where it lies on one node, or unevenly on several.
+    """
 
     name: str
     ranks: tuple[int, ...] = (0,)  # global ranks, in the order of the group
     rank: int = 0  # this process's place among them
     handle: dist.ProcessGroup | None = None
+    node: "Group | None" = None
+    rail: "Group | None" = None
+    nodes: int = 1  # that it lies on
 
     @property
     def size(self) -> int:
