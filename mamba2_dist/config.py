@@ -196,6 +196,9 @@ class ParallelConfig:
     """How a sequence is cut over cp; "zigzag" balances attention."""
     state_scan: Literal["all_gather", "sliced", "hierarchical", "log_step", "ring"] = "all_gather"
     """How states travel over cp."""
+    attention: Literal["auto", "all_gather", "ulysses"] = "auto"
+    """How attention's keys, values or heads travel over cp; "ulysses" needs nheads_kv / tp divisible by the cp ranks of
+    a node."""
     sharding: Literal["fsdp", "ddp"] = "fsdp"
     """Over dp x cp: shard parameters (FSDP2) or keep whole replicas (DDP)."""
 
@@ -203,6 +206,7 @@ class ParallelConfig:
         check_positive_fields(self, "tp", "cp", "dp")
         check_choice_field(self, "layout", "contiguous", "zigzag")
         check_choice_field(self, "state_scan", "all_gather", "sliced", "hierarchical", "log_step", "ring")
+        check_choice_field(self, "attention", "auto", "all_gather", "ulysses")
         check_choice_field(self, "sharding", "fsdp", "ddp")
         require(
             not (self.sequence_parallel and self.tp == 1),

@@ -107,6 +107,7 @@ COMMANDS = [
     ("train good.yaml parallel.tp=4", "nheads (2) must be divisible by tp (4)"),
     ("train good.yaml parallel.tp=0", "tp must be above 0, got 0"),
     ("train good.yaml parallel.layout=spiral", "layout"),
+    ("train good.yaml parallel.attention=ring", "attention"),
     ("train good.yaml parallel.sequence_parallel=true", "needs tp above 1; set tp or leave it off"),
     ("train good.yaml parallel.cp=64", "data.seqlen (32) must be at least the number of segments"),
     ("train good.yaml parallel.dp=3", "global_batch (4) must be divisible by dp (3)"),

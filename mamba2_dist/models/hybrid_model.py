@@ -50,8 +50,9 @@ class Backbone(nn.Module):
         split = {"sequence_parallel": parallel.sequence_parallel, **factory}
         self.embedding = VocabParallelEmbedding(config.vocab_size, config.d_model, groups.tp, **split)
         self.layers = hybrid_layers(
-            config, groups, state_scan=parallel.state_scan, recompute=recompute, compiled=compiled, **split
-        )
+            config, groups, state_scan=parallel.state_scan, attention=parallel.attention,
+            recompute=recompute, compiled=compiled, **split,
+        )  # fmt: skip
         self.norm_f = RMSNorm(config.d_model, config.norm_eps, groups.tp, **split)
 
     def blocks(self) -> Iterator[Block]:

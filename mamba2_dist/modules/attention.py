@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba2_dist.config import AttentionConfig
-from mamba2_dist.parallel.attention import attention_over_segments, rotary
+from mamba2_dist.parallel.attention import AttentionMethod, attention_over_segments, check_attention, rotary
 from mamba2_dist.parallel.groups import ParallelGroups
 from mamba2_dist.parallel.partition import attention_partition
 from mamba2_dist.parallel.segments import SegmentTable
@@ -26,7 +26,11 @@ class AttentionCache:
 
 
 class Attention(PartitionedModule):
-    """Self-attention inside documents; `in_proj` packs q|k|v. Raises ValueError when heads do not fit tp."""
+    """Self-attention inside documents; `in_proj` packs q|k|v.
+
+    method: how keys, values or heads travel over cp; see `attention_over_segments`.
+    Raises ValueError when heads do not fit tp, or cp where they travel.
+    """
 
     def __init__(
         self,
@@ -35,15 +39,17 @@ class Attention(PartitionedModule):
         groups: ParallelGroups,
         *,
         sequence_parallel: bool = False,
+        method: AttentionMethod = "auto",
         residual_layers: int = 1,
         **factory,
     ):
         super().__init__()
         nheads, nheads_kv = config.heads(d_model)
-        self.config, self.cp = config, groups.cp
+        self.config, self.cp, self.method = config, groups.cp, method
         self.share = share = attention_partition(
             nheads=nheads, nheads_kv=nheads_kv, head_dim=config.head_dim, tp=groups.tp.size, rank=groups.tp.rank
         )
+        check_attention(method, share.nheads_kv_local, groups.cp)
         self.in_proj = ColumnParallelLinear(
             d_model, share.qkv, groups.tp, init.projection(d_model),
             shared_by=groups.tp_part(share.group_ranks), sequence_parallel=sequence_parallel, **factory,
@@ -57,7 +63,7 @@ class Attention(PartitionedModule):
         """(batch, seqlen/cp, d_model) -> the same; with sequence_parallel (batch, seqlen/cp/tp, d_model)."""
         positions = segments.local(self.cp.rank).tensor("positions", u.device)
         q, k, v = self._project(u, positions)
-        y = attention_over_segments(q, k, v, segments, self.cp)
+        y = attention_over_segments(q, k, v, segments, self.cp, method=self.method)
         return self.out_proj(y.flatten(-2))
 
     def new_cache(self, batch: int) -> AttentionCache:

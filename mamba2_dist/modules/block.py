@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mamba2_dist.config import HybridConfig
+from mamba2_dist.parallel.attention import AttentionMethod
 from mamba2_dist.parallel.groups import ParallelGroups
 from mamba2_dist.parallel.segments import SegmentTable
 from mamba2_dist.parallel.state_scan import StateScan
@@ -42,6 +43,7 @@ def hybrid_layers(
     *,
     sequence_parallel: bool = False,
     state_scan: StateScan = "all_gather",
+    attention: AttentionMethod = "auto",
     recompute: Recompute = "none",
     compiled: bool = False,
     **factory,
@@ -59,7 +61,7 @@ def hybrid_layers(
             seed=None,
             **shared,
         ),
-        "*": lambda: Attention(config.attention, config.d_model, groups, **shared),
+        "*": lambda: Attention(config.attention, config.d_model, groups, method=attention, **shared),
         "-": lambda: MLP(config.mlp, config.d_model, groups, compiled=compiled, **shared),
     }
     return nn.ModuleList(

@@ -1,42 +1,75 @@
 """Causal attention inside documents, over a sequence cut across ranks."""
 
 import functools
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
-from mamba2_dist.kernels.common.transfer import to_device
+from mamba2_dist.kernels.common.checks import check_choice, check_positive
 
-from .collectives import all_gather
+from .attention_mask import Sight, block_mask
+from .gathered_again import all_gather_again
 from .groups import Group
+from .heads import to_heads, to_tokens
 from .segments import SegmentTable
 
+AttentionMethod = Literal["auto", "all_gather", "ulysses"]
 
-def attention_over_segments(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, group: Group) -> Tensor:
+GATHERED_BYTES = 2**30
+FLOPS_PER_BYTE = 2000
+"""What a GPU computes while it gets a byte from its neighbour: H100 and H200, 400 TFLOP/s and 200 GB/s."""
+
+
+def attention_over_segments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: SegmentTable,
+    group: Group,
+    *,
+    method: AttentionMethod = "auto",
+    gathered_bytes: int = GATHERED_BYTES,
+) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v over the tokens of the same document up to the query.
 
     q: (batch, seqlen/cp, nheads/tp, head_dim); k, v: (batch, seqlen/cp, nheads_kv/tp, head_dim); returns like q.
-    Keys and values of all ranks are gathered over `group`, one all-gather of both; gradients come back the same way.
+    method: how they travel over `group`. "all_gather": keys and values of all ranks come to each, and again in the
+        backward pass, which keeps none of them. "ulysses": each rank of a node takes some heads of all the node's
+        tokens, by one all-to-all of q, k and v and one of the result; keys and values of other nodes are gathered.
+        "auto": whichever costs less by the table.
+    gathered_bytes: keys and values gathered at once, as few as one head of both; the backward pass holds three times
+        as many, gradients included.
+    Raises ValueError when "ulysses" cannot divide the heads.
     """
-    kv = _gather_rows(torch.cat([k, v], dim=-1), table, group)
-    k, v = kv.split([k.shape[-1], v.shape[-1]], dim=-1)
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    if q.shape[2] == 0:
-        # no queries here, but the keys' gradients are still collected from every rank
-        return (q + 0.0 * kv.sum()).transpose(1, 2)
-    plain = len(table.segments) == 1 and all(len(set(row)) <= 2 for row in table.documents)
-    if plain:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    elif q.is_cuda and q.dtype != torch.float64:
-        blocks = table.local(group.rank).kept(("blocks", q.device), lambda: _block_mask(table, group.rank, q.device))
-        y = _compiled_flex()(q, k, v, block_mask=blocks, enable_gqa=grouped)
+    check_positive("gathered_bytes", gathered_bytes)
+    route = _route(method, q, k, table, group)
+    lengths = [table.local(rank).length for rank in route.holders[route.keys.rank]]
+    nheads, nheads_kv = (t.shape[2] // route.heads.size for t in (q, k))
+    if route.heads.size > 1:
+        shares = [t.unflatten(2, (route.heads.size, -1)) for t in (q, k, v)]
+        qkv = to_heads(torch.cat(shares, dim=3).flatten(2, 3), lengths, route.heads)
+        q, k, v = qkv.split([nheads, nheads_kv, nheads_kv], dim=2)
+    if route.keys.size == 1:
+        y = _attend(q, k, v, route, table, group.rank)
     else:
-        mask = table.local(group.rank).kept(("mask", q.device), lambda: to_device(_mask(table, group.rank), q.device))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-    return y.transpose(1, 2)
+        y = _over_gathered_keys(q, k, v, route, table, group.rank, gathered_bytes)
+    return to_tokens(y, lengths, route.heads)
+
+
+def check_attention(method: str, nheads_kv_local: int, group: Group) -> None:
+    """Raise ValueError unless `nheads_kv_local` heads of keys can travel over `group` like this."""
+    check_choice("attention", method, get_args(AttentionMethod))
+    ranks = (group.node or group).size
+    if method == "ulysses" and nheads_kv_local % ranks:
+        raise ValueError(
+            f"attention (ulysses) needs nheads_kv / tp ({nheads_kv_local}) divisible by the cp ranks of a node "
+            f"({ranks}); set it to auto or all_gather, or change nheads_kv, tp or cp"
+        )
 
 
 def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
@@ -53,43 +86,114 @@ def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return torch.cat(turned, dim=-1).to(x.dtype)
 
 
-def _gather_rows(local: Tensor, table: SegmentTable, group: Group) -> Tensor:
-    """(batch, seqlen, ...) in causal order from every rank's (batch, seqlen/cp, ...)."""
-    if len(table.segments) == 1:
-        return local
-    longest = max(table.local(rank).length for rank in range(table.ranks))
-    padding = longest - local.shape[1]
-    if padding:
-        local = F.pad(local, (0, 0) * (local.ndim - 2) + (0, padding))
-    gathered = all_gather(local, group, dim=1)
-    order = table.local(group.rank).kept(("order", local.device), lambda: to_device(_causal_order(table), local.device))
-    return gathered.index_select(1, order)
+@dataclass(frozen=True)
+class _Route:
+    """Ranks of `heads` share out the heads of their tokens, ranks of `keys` then gather keys and values."""
+
+    heads: Group
+    keys: Group
+    holders: tuple[tuple[int, ...], ...]  # by rank of `keys`, the ranks of the table whose tokens it then has
 
 
-def _causal_order(table: SegmentTable) -> Tensor:
-    """(seqlen,) where each token stands among the gathered ones."""
-    holder, place = table.owner
-    longest = max(table.local(other).length for other in range(table.ranks))
-    return torch.from_numpy(holder * longest + place)
+def _route(method: AttentionMethod, q: Tensor, k: Tensor, table: SegmentTable, group: Group) -> _Route:
+    check_attention(method, k.shape[2], group)
+    alone, ranks = Group("alone"), range(group.size)
+    gathering = _Route(alone, group, tuple((rank,) for rank in ranks))
+    if group.node is None or group.rail is None:
+        sharing = _Route(group, alone, (tuple(ranks),))
+    else:
+        size = group.node.size
+        sharing = _Route(group.node, group.rail, tuple(tuple(ranks[i : i + size]) for i in ranks[::size]))
+    if method != "auto" or group.size == 1:
+        return sharing if method == "ulysses" else gathering
+    if k.shape[2] % sharing.heads.size:
+        return gathering
+    # by nothing that ranks differ in: all must choose the same
+    costs = [_cost(route, q, k, table) for route in (sharing, gathering)]
+    return sharing if costs[0] <= costs[1] else gathering
 
 
-def _mask(table: SegmentTable, rank: int) -> Tensor:
-    """(batch, 1, seqlen/cp, seqlen): which keys each local query sees."""
-    query = torch.from_numpy(table.local(rank).positions)
-    first = torch.from_numpy(table.document_starts)[:, query, None]
-    key = torch.arange(table.seqlen)
-    return ((key >= first) & (key <= query[:, None]))[:, None]
+def _cost(route: _Route, q: Tensor, k: Tensor, table: SegmentTable) -> float:
+    """Forward and backward in FLOPs: those of the busiest rank, and those it could do while it waits for bytes."""
+    nheads, nheads_kv, head_dim = q.shape[2], k.shape[2], q.shape[3]
+    pairs = table.local(0).kept("pairs", lambda: _pairs(table))
+    busiest = max(pairs[list(ranks)].sum() for ranks in route.holders) / route.heads.size
+    tokens = max(table.local(rank).length for rank in range(table.ranks)) * table.batch
+    others, holders = route.heads.size - 1, route.keys.size - 1
+    # q, k, v and the result travel once each way, gathered keys and values thrice
+    shared = 2 * others / route.heads.size * (2 * nheads + 2 * nheads_kv)
+    gathered = 3 * holders * 2 * nheads_kv
+    sent = (shared + gathered) * tokens * head_dim * q.element_size()
+    # two products forward, five backward, of two FLOPs for each channel
+    return 14 * busiest * nheads * head_dim + FLOPS_PER_BYTE * sent
 
 
-def _block_mask(table: SegmentTable, rank: int, device: torch.device) -> BlockMask:
-    """The same for FlexAttention, which skips blocks that nobody sees."""
-    query = table.local(rank).tensor("positions", device)
-    first = to_device(table.document_starts, device)[:, query]
+def _pairs(table: SegmentTable) -> np.ndarray:
+    """(ranks,) how many keys the queries of each rank see together."""
+    counts = []
+    for rank in range(table.ranks):
+        query = table.local(rank).positions
+        counts.append((query - table.document_starts[:, query] + 1).sum())
+    return np.array(counts)
 
-    def sees(batch, head, q, k):
-        return (k >= first[batch, q]) & (k <= query[q])
 
-    return create_block_mask(sees, table.batch, None, len(query), table.seqlen, device=device)
+def _over_gathered_keys(
+    q: Tensor, k: Tensor, v: Tensor, route: _Route, table: SegmentTable, rank: int, gathered_bytes: int
+) -> Tensor:
+    """`_attend` to keys and values of all ranks of `route.keys`, of some heads after others."""
+    tokens = max(sum(table.local(rank).length for rank in ranks) for ranks in route.holders)
+    kv = torch.cat([k, v], dim=-1).transpose(0, 1)
+    kv = F.pad(kv, (0, 0) * 3 + (0, tokens - len(kv)))
+    head_bytes = route.keys.size * kv[:, :, :1].numel() * kv.element_size()
+    heads = _heads_at_once(k.shape[2], head_bytes, gathered_bytes)
+
+    def attend(q: Tensor, kv: Tensor) -> Tensor:
+        gathered, local_is_kept = all_gather_again(kv.contiguous(), route.keys)
+        k, v = gathered.transpose(0, 1).chunk(2, dim=-1)
+        with local_is_kept:
+            return _attend(q, k, v, route, table, rank)
+
+    parts = zip(q.split(q.shape[2] // k.shape[2] * heads, dim=2), kv.split(heads, dim=2), strict=True)
+    return torch.cat([attend(*part) for part in parts], dim=2)
+
+
+def _heads_at_once(nheads_kv: int, head_bytes: int, gathered_bytes: int) -> int:
+    """The most heads within the bytes that divide all, so that every part has the same shape; at least one."""
+    fit = max(gathered_bytes // max(head_bytes, 1), 1)
+    return max(heads for heads in range(1, nheads_kv + 1) if nheads_kv % heads == 0 and heads <= fit)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, route: _Route, table: SegmentTable, rank: int) -> Tensor:
+    """(batch, queries, nheads, head_dim), (batch, keys, nheads_kv, head_dim) -> like q; keys as `route` has them."""
+    if q.shape[1] == 0:
+        return _NoQueries.apply(q, k, v)
+    mine, local = route.keys.rank, table.local(rank)
+    sight = local.kept(("sight", route.holders), lambda: Sight.of(table, route.holders, mine))
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    if sight.plain:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    elif q.is_cuda and q.dtype != torch.float64:
+        blocks = block_mask(sight, local, route.holders, q.device)
+        y = _compiled_flex()(q, k, v, block_mask=blocks, enable_gqa=grouped)
+    else:
+        mask = local.kept(("mask", route.holders, q.device), lambda: sight.dense(q.device))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    return y.transpose(1, 2)
+
+
+class _NoQueries(torch.autograd.Function):
+    """A rank without tokens saves keys and values as the others do, and so takes part whenever they are gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(k, v)
+        return torch.empty_like(q)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        k, v = ctx.saved_tensors
+        return grad, torch.zeros_like(k), torch.zeros_like(v)
 
 
 @functools.cache

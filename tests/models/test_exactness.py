@@ -96,7 +96,9 @@ def _model(tp, cp, ngroups, layout, packed, options):
         attention=AttentionConfig(head_dim=4, nheads_kv=options["nheads_kv"], rope_theta=options["theta"]),
         mlp=MLPConfig(d_ff=24, activation=options["activation"]),
     )
-    parallel = ParallelConfig(tp=tp, cp=cp, sequence_parallel=options["sequence_parallel"])
+    parallel = ParallelConfig(
+        tp=tp, cp=cp, sequence_parallel=options["sequence_parallel"], attention=options.get("attention", "auto")
+    )
     model = HybridModel(config, groups, parallel, dtype=torch.float64)
     whole = HybridModel(config, ParallelGroups.alone(), dtype=torch.float64)
     tokens = torch.randint(0, 32, (len(DOCUMENTS), SEQLEN))
@@ -134,6 +136,8 @@ def test_hybrid_model(tp, cp, ngroups, layout):
         {"nheads_kv": 4, "activation": "gelu", "theta": 1e4},
         {"sequence_parallel": True, "tied": False},
         {"sequence_parallel": True, "nheads_kv": 1},
+        {"attention": "ulysses", "nheads_kv": 4, "theta": 1e4},
+        {"attention": "all_gather", "nheads_kv": 4, "theta": 1e4},
     ],
     ids=str,
 )
