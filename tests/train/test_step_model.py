@@ -39,7 +39,7 @@ def test_measured_training(name):
     config, row = _measured(name)
     step = model_step(config, "all_gather", H200)
     assert step.exposed_s == 0
-    assert step.tokens / step.seconds == pytest.approx(row["ours"], rel=0.1)
+    assert step.tokens / step.seconds == pytest.approx(row["ours"], rel=0.06)
     assert step.memory_bytes / 2**30 == pytest.approx(row["peak_GiB"], rel=0.05)
 
 
