@@ -12,6 +12,8 @@ USAGE = """usage: mamba2-dist COMMAND ...
 
   train CONFIG.yaml [key=value ...]   train a model, or go on where the run stopped; `train --help` lists the keys
   sample RUN [key=value ...]          print text from a run's newest checkpoint
+  plan CONFIG.yaml [--gpus 8,64]      model a step on more GPUs than there are; `plan --help` lists the keys
+  calibrate [out=FILE.json]           measure this machine's links for `plan machine=FILE.json`
   doctor                              versions, devices, and a check that split models equal whole ones here
 """
 
@@ -19,7 +21,7 @@ USAGE = """usage: mamba2-dist COMMAND ...
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exits with 2 after a user's mistake."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": _train, "sample": _sample, "doctor": _doctor}
+    commands = {"train": _train, "sample": _sample, "plan": _plan, "calibrate": _calibrate, "doctor": _doctor}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return
@@ -66,6 +68,35 @@ def _sample(arguments: list[str]) -> None:
     print(sample(parse(SampleConfig, "sample", arguments)))
 
 
+def _plan(arguments: list[str]) -> None:
+    from mamba2_dist.plan import PlanConfig, plan
+
+    if not arguments:
+        _fail("plan needs a CONFIG.yaml or key=value, such as examples/hybrid_1_3b.yaml; see plan --help")
+    plan(parse(PlanConfig, "plan", _gpus(arguments), with_file=True))
+
+
+def _calibrate(arguments: list[str]) -> None:
+    from mamba2_dist.calibrate import CalibrateConfig, calibrate
+
+    raise SystemExit(calibrate(parse(CalibrateConfig, "calibrate", arguments)))
+
+
+def _gpus(arguments: list[str]) -> list[str]:
+    """`--gpus 8,64`, `--gpus=8,64` and `gpus=8,64` written as `gpus=[8,64]`."""
+    rest, given = iter(arguments), []
+    for argument in rest:
+        key, _, value = argument.removeprefix("--").partition("=")
+        if key != "gpus":
+            given.append(argument)
+            continue
+        value = (next(rest, "") if argument == "--gpus" else value).strip("[]")
+        if not re.fullmatch(r"\d+(,\d+)*", value):
+            raise ValueError(f"gpus must be numbers with commas between them, as in gpus=8,64, got {value!r}")
+        given.append(f"gpus=[{value}]")
+    return given
+
+
 def _doctor(arguments: list[str]) -> None:
     from mamba2_dist.doctor import doctor
 
@@ -78,7 +109,7 @@ def parse(kind: type, command: str, arguments: Sequence[str], *, with_file: bool
     """A configuration from `[FILE.yaml] key=value ...`. Raises ValueError for keys and values that do not fit."""
     from jsonargparse import ArgumentError, ArgumentParser
 
-    file = "CONFIG.yaml" if with_file else "RUN"
+    file = "CONFIG.yaml" if with_file else {"sample": "RUN"}.get(command, "")
     parser = ArgumentParser(exit_on_error=False)
     if with_file:
         parser.add_argument("--config", action="config")
@@ -114,10 +145,15 @@ def _help(kind: type, command: str, file: str) -> str:
     """Every key with its default and what it means, as the dataclasses say."""
     import docstring_parser
 
-    lines = [f"usage: mamba2-dist {command} {file} [key=value ...]", "", str(kind.__doc__), ""]
+    lines = [" ".join(["usage: mamba2-dist", command, *file.split(), "[key=value ...]"]), "", str(kind.__doc__), ""]
 
     def describe(group: Any, prefix: str) -> None:
-        about = {item.arg_name: item.description for item in docstring_parser.parse_from_object(group).params}
+        # a class says what its own fields mean, not those it inherits
+        about = {
+            item.arg_name: item.description
+            for base in reversed(group.__mro__[:-1])
+            for item in docstring_parser.parse_from_object(base).params
+        }
         nested = [item for item in fields(group) if is_dataclass(item.type)]
         for item in fields(group):
             if item not in nested:

@@ -69,7 +69,7 @@ def folder(tmp_path):
 
 # what is typed after `mamba2-dist`, and what the one line must say
 COMMANDS = [
-    ("trian good.yaml", "unknown command 'trian'; commands are train, sample, doctor"),
+    ("trian good.yaml", "unknown command 'trian'; commands are train, sample, plan, calibrate, doctor"),
     ("train missing.yaml", "configuration missing.yaml does not exist; give a YAML file"),
     ("train list.yaml", "must hold 'key: value' lines, got list"),
     ("train broken.yaml", "broken.yaml is not YAML"),
@@ -149,6 +149,25 @@ COMMANDS = [
     ("sample nowhere tokens=0", "tokens must be above 0, got 0"),
     ("sample nowhere temperature=-1", "temperature must not be below 0, got -1"),
     ("sample nowhere prompt=", "prompt must not be empty"),
+    ("plan", "plan needs a CONFIG.yaml or key=value"),
+    ("plan good.yaml gpu=8", "unknown key 'gpu'; did you mean gpus?"),
+    ("plan good.yaml --gpus many", "gpus must be numbers with commas between them, as in gpus=8,64, got 'many'"),
+    ("plan good.yaml --gpus", "as in gpus=8,64, got ''"),
+    ("plan good.yaml gpus=8,0", "gpus (0) must be above 0 and divisible by parallel.tp * parallel.dp (1)"),
+    (
+        "plan good.yaml parallel.tp=2 --gpus 3",
+        "gpus (3) must be above 0 and divisible by parallel.tp * parallel.dp (2)",
+    ),
+    ("plan good.yaml gpus=12", "must fill whole nodes of 8 GPUs or lie on one; choose another number"),
+    ("plan good.yaml gpus=8 seqlen=4", "seqlen (4) must be at least a token for each of 8 cp ranks"),
+    ("plan good.yaml seqlen=0", "seqlen must be above 0, got 0"),
+    ("plan good.yaml model.vocab_size=321 parallel.tp=2", "vocab_size (321) must be divisible by tp (2)"),
+    ("plan good.yaml machine=missing.json", "write it with `mamba2-dist calibrate out=missing.json`"),
+    ("plan good.yaml machine=binary.yaml", "machine (binary.yaml) is not JSON"),
+    ("plan good.yaml machine=tokenizer.json", "machine (tokenizer.json): a machine has the fields name, node_size"),
+    ("plan good.yaml out=file", "file"),
+    ("calibrate out=none", "out (none) must be a file that ends in .json"),
+    ("calibrate faster", "argument 'faster' is not understood"),
     ("doctor quickly", "doctor takes no arguments, got quickly"),
 ]
 
@@ -156,7 +175,7 @@ COMMANDS = [
 @pytest.mark.parametrize(
     ("command", "says"),
     COMMANDS,
-    ids=lambda value: value if value.startswith(("train", "sample", "doctor", "trian")) else "",
+    ids=lambda value: value if value.startswith(("train", "sample", "plan", "calibrate", "doctor", "trian")) else "",
 )
 def test_commands(folder, monkeypatch, capsys, command, says):
     monkeypatch.chdir(folder)

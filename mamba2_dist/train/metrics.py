@@ -16,24 +16,28 @@ PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "
 CHUNK = 256  # tokens, as published
 
 
+def weight_flops(config: HybridConfig, letter: str) -> float:
+    """Forward FLOPs per token of a layer's products with its weights: 2 per multiply-add."""
+    d, mamba = config.d_model, config.mamba
+    if letter == "M":
+        d_inner, nheads = mamba.d_inner(d), mamba.nheads(d)
+        return 2.0 * d * (2 * d_inner + 2 * mamba.ngroups * mamba.d_state + nheads) + 2.0 * d_inner * d
+    if letter == "*":
+        nheads, nheads_kv = config.attention.heads(d)
+        return 2.0 * d * config.attention.head_dim * (2 * nheads + 2 * nheads_kv)
+    return 2.0 * d * config.mlp.width(d) * (3 if config.mlp.activation == "swiglu" else 2)
+
+
 def flops_per_token(config: HybridConfig) -> float:
     """Forward FLOPs per token outside the attention scores: 2 per multiply-add of every matrix product, and of the SSD
     operator in chunks of 256, the causal half of their scores, whatever chunks it is computed in."""
     d, mamba = config.d_model, config.mamba
-    total = 2.0 * d * config.vocab_size
-    for letter in config.pattern:
-        if letter == "M":
-            d_inner, nheads = mamba.d_inner(d), mamba.nheads(d)
-            groups, state = mamba.ngroups * mamba.d_state, d_inner * mamba.d_state
-            total += 2 * d * (2 * d_inner + 2 * groups + nheads) + 2 * d_inner * d
-            total += 2 * mamba.d_conv * (d_inner + 2 * groups)
-            # C B^T and its product with x, half of each chunk; into the state and out of it
-            total += CHUNK * (groups + d_inner) + 4 * state
-        elif letter == "*":
-            nheads, nheads_kv = config.attention.heads(d)
-            total += 2 * d * config.attention.head_dim * (2 * nheads + 2 * nheads_kv)
-        else:
-            total += 2 * d * config.mlp.width(d) * (3 if config.mlp.activation == "swiglu" else 2)
+    total = 2.0 * d * config.vocab_size + sum(weight_flops(config, letter) for letter in config.pattern)
+    if "M" in config.pattern:
+        d_inner, groups = mamba.d_inner(d), mamba.ngroups * mamba.d_state
+        # the convolution; C B^T and its product with x, half of each chunk; into the state and out of it
+        inner = 2 * mamba.d_conv * (d_inner + 2 * groups) + CHUNK * (groups + d_inner) + 4 * d_inner * mamba.d_state
+        total += config.pattern.count("M") * inner
     return total
 
 

@@ -1,0 +1,372 @@
+"""What an exchange of states costs: messages and bytes exactly, time by a latency and a bandwidth for every link.
+
+With k segments a rank, P ranks on M nodes of g ranks, states of s bytes and decays of a bytes, a rank receives in one
+pass
+
+| backend          | bytes                                     | one after the other                  |
+|------------------|-------------------------------------------|--------------------------------------|
+| all_gather       | (P-1) k (s + a)                           | 1 collective, P-1 steps of its ring  |
+| sliced           | (P-1) k (2 s/P + a)                       | 2 all-to-alls                        |
+| hierarchical     | (g-1) k (2 s/g + a) + rounds k (s/g + a)  | the same, and log2(k M) rounds       |
+| log_step         | rounds k (s + a)                          | log2(k P) rounds                     |
+| ring             | k s                                       | k (P-1) hand-overs, in K blocks      |
+| symmetric_memory | k (s + a) for P = 2, else as sliced       | 1 or 2 barriers                      |
+| serial_exact     | k s                                       | k (P-1) hand-overs                   |
+
+at most: ranks at an end of the chain receive less. Backward sends no decays.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from mamba2_dist.kernels.common.checks import check_choice, check_divisible, check_positive
+
+BACKENDS = ("all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory", "serial_exact")
+SIMPLEST_FIRST = ("all_gather", "symmetric_memory", "sliced", "log_step", "ring", "hierarchical")
+NEARLY = 1.1  # as cheap
+
+
+@dataclass(frozen=True)
+class Link:
+    """A latency in seconds and a bandwidth in bytes per second, one way."""
+
+    latency_s: float
+    bytes_per_s: float
+
+    def __post_init__(self):
+        check_positive("latency_s", self.latency_s)
+        check_positive("bytes_per_s", self.bytes_per_s)
+
+    def time(self, size: float) -> float:
+        """Seconds for `size` bytes."""
+        return self.latency_s + size / self.bytes_per_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Nodes of GPUs and what joins them. Bandwidths count the bytes that one GPU receives."""
+
+    name: str
+    node_size: int
+    """GPUs of a node."""
+    node: Link
+    """One message between two GPUs of a node, while another goes the other way."""
+    all_gather: Link
+    """An all-gather between two GPUs of a node."""
+    all_to_all: Link
+    """An all-to-all in a node."""
+    peer_memory: Link | None
+    """Reading another GPU's memory; None: it cannot be done."""
+    barrier_s: float
+    """A barrier of GPUs that read each other's memory."""
+    rail: Link
+    """One message between two nodes, over one GPU's share of the network."""
+    node_step_s: float
+    """A further step of a ring in a node."""
+    rail_step_s: float
+    """A step of a ring from node to node."""
+    rail_message_s: float
+    """A further message to another node in the same operation."""
+    matmul_flops: float
+    """FLOP/s of bf16 products as layers have them."""
+    memory_bytes_per_s: float
+    """Bytes a copy reads and writes per second."""
+    memory_bytes: int
+    """Of one GPU."""
+    measured: tuple[str, ...] = ()
+    """The fields that were measured; the others are assumed."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "measured", tuple(self.measured))
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.type in (int, float):
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    raise ValueError(f"{item.name} must be a number, got {value!r}")
+                check_positive(item.name, value)
+            elif item.type in (Link, Link | None) and not isinstance(value, item.type):
+                raise ValueError(f"{item.name} must be a link, got {value!r}")
+        unknown = sorted(set(self.measured) - {item.name for item in fields(self)})
+        if unknown:
+            raise ValueError(f"measured must name fields of a machine, got {', '.join(unknown)}")
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Machine":
+        """What `to_dict` gave. Raises ValueError with the field that is missing, unknown or wrong."""
+        known = {item.name: item.type for item in fields(cls)}
+        missing, unknown = sorted(set(known) - set(content)), sorted(set(content) - set(known))
+        if missing or unknown:
+            wrong = [*(f"{name} is missing" for name in missing), *(f"{name} is unknown" for name in unknown)]
+            raise ValueError(f"a machine has the fields {', '.join(known)}; {', '.join(wrong)}")
+        values = dict(content)
+        for name, kind in known.items():
+            if kind in (Link, Link | None) and content[name] is not None:
+                try:
+                    values[name] = Link(**content[name])
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"{name} must be {{latency_s, bytes_per_s}}: {error}") from None
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers, strings, lists and dictionaries only."""
+        return asdict(self) | {"measured": list(self.measured)}
+
+
+# Measured on two H200s of one host, NCCL 2.28: lines through 16 and 256 MiB, where bytes count for more than launches
+# from the host; a message both ways takes as long as an all-to-all of the same bytes (16 MiB: 84 us). The network is
+# assumed: 400 Gb/s a GPU, and a latency a little above that of a message inside a node.
+H200 = Machine(
+    name="H200",
+    node_size=8,
+    node=Link(26e-6, 299e9),
+    all_gather=Link(26e-6, 264e9),
+    all_to_all=Link(26e-6, 299e9),
+    peer_memory=Link(3.5e-6, 370e9),
+    barrier_s=5.6e-6,
+    rail=Link(30e-6, 45e9),
+    node_step_s=2.5e-6,
+    rail_step_s=6e-6,
+    rail_message_s=1e-6,
+    matmul_flops=666e12,
+    memory_bytes_per_s=4.2e12,
+    memory_bytes=141 * 10**9,
+    measured=(
+        "node", "all_gather", "all_to_all", "peer_memory", "barrier_s",
+        "matmul_flops", "memory_bytes_per_s", "memory_bytes",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of one rank, one layer, one pass: operations started, messages and bytes received, at most."""
+
+    launches: int
+    messages: int
+    bytes: float
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.launches + other.launches, self.messages + other.messages, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of `ranks` ranks on `nodes` nodes; every rank waits for it before the next."""
+
+    kind: Literal["all_gather", "all_to_all", "message", "read"]
+    ranks: int
+    nodes: int
+    messages: int
+    bytes: float
+
+    def time(self, machine: Machine) -> float:
+        """Seconds until the slowest rank has received everything."""
+        if self.kind == "all_gather":
+            return gather_time(self.bytes, self.ranks, self.nodes, machine)
+        if self.kind == "read":
+            assert machine.peer_memory is not None, "refused before"
+            return machine.barrier_s + machine.peer_memory.time(self.bytes)
+        near = machine.node if self.kind == "message" else machine.all_to_all
+        if self.nodes == 1:
+            return near.time(self.bytes)
+        # a rank whose messages cross to other nodes; those of its own node come at the same time, over other links
+        share = self._crossing()
+        crossing = max(round(self.messages * share), 1)
+        return machine.rail.time(self.bytes * share) + (crossing - 1) * machine.rail_message_s
+
+    def _crossing(self) -> float:
+        """The share of its messages that the slowest rank receives from other nodes."""
+        if self.kind == "message":
+            return 1.0
+        return (self.ranks - self.ranks // self.nodes) / (self.ranks - 1)
+
+
+def operations(
+    backend: str, ranks: int, nodes: int, segments: int, state_bytes: float, decay_bytes: float = 0.0
+) -> list[Operation]:
+    """What every rank does, one after the other, for any backend but "ring" and "serial_exact"."""
+    if ranks == 1:
+        return []
+    both = state_bytes + decay_bytes
+    if backend == "all_gather":
+        return [Operation("all_gather", ranks, nodes, ranks - 1, (ranks - 1) * segments * both)]
+    if backend == "log_step":
+        return _rounds(ranks, nodes, segments, both)
+    if backend == "symmetric_memory" and ranks == 2:
+        return [Operation("read", ranks, nodes, 1, segments * both)]
+    if backend == "symmetric_memory":
+        return _transposes("read", ranks, nodes, segments, state_bytes, decay_bytes)
+    if backend == "sliced":
+        return _transposes("all_to_all", ranks, nodes, segments, state_bytes, decay_bytes)
+    assert backend == "hierarchical", backend
+    in_node = ranks // nodes
+    between = _rounds(nodes, nodes, segments, state_bytes / in_node + decay_bytes) if nodes > 1 else []
+    if in_node == 1:
+        return between
+    there, back = _transposes("all_to_all", in_node, 1, segments, state_bytes, decay_bytes)
+    return [there, *between, back]
+
+
+def _transposes(
+    kind: Literal["all_to_all", "read"], ranks: int, nodes: int, segments: int, state_bytes: float, decay_bytes: float
+) -> list[Operation]:
+    """Slices of all ranks' states to the rank that runs the recurrence on them, and what it found back."""
+    others, slice_bytes = ranks - 1, state_bytes / ranks
+    there, back = others * segments * (slice_bytes + decay_bytes), others * segments * slice_bytes
+    return [Operation(kind, ranks, nodes, others, there), Operation(kind, ranks, nodes, others, back)]
+
+
+def _rounds(ranks: int, nodes: int, segments: int, size: float) -> list[Operation]:
+    """An exclusive scan of segments * ranks elements by doubling distances (Kogge and Stone)."""
+    count = math.ceil(math.log2(segments * ranks))
+    return [Operation("message", ranks, nodes, segments, segments * size)] * count
+
+
+def ring_blocks(ranks: int, nodes: int, segments: int, state_bytes: float, machine: Machine) -> int:
+    """Into how many blocks a state is cut that is handed along the chain: with h hand-overs, a step of latency t and a
+    bandwidth b, (h + K - 1) (s / K b) + K t is least at K = sqrt((h - 1) s / (b t))."""
+    hops = segments * (ranks - 1)
+    crosses = nodes > 1
+    bytes_per_s = (machine.rail if crosses else machine.node).bytes_per_s
+    step_s = machine.rail_step_s if crosses else machine.node_step_s
+    return max(round(math.sqrt(max(hops - 1, 0) * state_bytes / (bytes_per_s * step_s))), 1)
+
+
+def traffic(
+    backend: str,
+    ranks: int,
+    nodes: int,
+    segments: int,
+    state_bytes: float,
+    decay_bytes: float = 0.0,
+    *,
+    blocks: int = 1,
+) -> Traffic:
+    """What one rank starts and receives in one pass of one layer.
+
+    ranks, nodes: of the group, as many ranks on every node; segments: of one rank; state_bytes, decay_bytes: of one
+    segment's element (float32: 4 batch nheads/tp headdim d_state, and 4 batch nheads/tp), no decays backward; blocks:
+    into which "ring" cuts a state. Raises ValueError for a group that cannot be.
+    """
+    _check(backend, ranks, nodes, segments)
+    if backend in ("ring", "serial_exact"):
+        count = (blocks if backend == "ring" else 1) * segments * (ranks > 1)
+        # a block is received and sent on
+        return Traffic(2 * count, count, segments * state_bytes * (ranks > 1))
+    steps = operations(backend, ranks, nodes, segments, state_bytes, decay_bytes)
+    return sum((Traffic(1, step.messages, step.bytes) for step in steps), Traffic(0, 0, 0.0))
+
+
+def exchange_time(
+    backend: str,
+    ranks: int,
+    nodes: int,
+    segments: int,
+    state_bytes: float,
+    machine: Machine,
+    *,
+    decay_bytes: float = 0.0,
+) -> float:
+    """Seconds from the last rank's element to the last rank's entering state, local arithmetic left out.
+
+    Raises ValueError for "serial_exact", which is for tests, and for "symmetric_memory" where it cannot be.
+    """
+    _check(backend, ranks, nodes, segments)
+    if backend == "serial_exact":
+        raise ValueError("backend 'serial_exact' is for tests and has no cost model; choose another")
+    if backend == "symmetric_memory" and machine.peer_memory is None:
+        raise ValueError(f"backend 'symmetric_memory' reads peers' memory, which {machine.name} cannot; choose another")
+    if ranks == 1:
+        return 0.0
+    if backend == "ring":
+        return _ring_time(ranks, nodes, segments, state_bytes, machine)
+    steps = operations(backend, ranks, nodes, segments, state_bytes, decay_bytes)
+    return sum(step.time(machine) for step in steps)
+
+
+def _ring_time(ranks: int, nodes: int, segments: int, state_bytes: float, machine: Machine) -> float:
+    """The first block goes all the way, the others follow over the slowest link."""
+    blocks = ring_blocks(ranks, nodes, segments, state_bytes, machine)
+    size = state_bytes / blocks
+    crossing, inside = segments * (nodes - 1), segments * (ranks - nodes)
+    slowest = machine.rail_step_s + size / machine.rail.bytes_per_s
+    if nodes == 1:
+        slowest = machine.node_step_s + size / machine.node.bytes_per_s
+    return crossing * machine.rail.time(size) + inside * machine.node.time(size) + (blocks - 1) * slowest
+
+
+def gather_time(received_bytes: float, ranks: int, nodes: int, machine: Machine) -> float:
+    """Seconds of a ring all-gather, or of the reduce-scatter that is its reverse. Every GPU of a node brings its rail;
+    the ring's latency grows with the ranks."""
+    if ranks == 1:
+        return 0.0
+    latency = machine.all_gather.latency_s + max(ranks - nodes - 1, 0) * machine.node_step_s
+    if nodes == 1:
+        return latency + received_bytes / machine.all_gather.bytes_per_s
+    latency += machine.rail.latency_s + (nodes - 1) * machine.rail_step_s
+    return latency + received_bytes / min(machine.all_gather.bytes_per_s, ranks // nodes * machine.rail.bytes_per_s)
+
+
+def all_reduce_time(size: float, ranks: int, nodes: int, machine: Machine) -> float:
+    """Seconds to sum `size` bytes: a ring in a node, a tree between nodes, there and back."""
+    if ranks == 1:
+        return 0.0
+    in_node = ranks // nodes
+    steps = 2 * max(in_node - 2, 0) * machine.node_step_s + 2 * math.ceil(math.log2(nodes)) * machine.rail_step_s
+    bytes_per_s = machine.all_gather.bytes_per_s
+    if nodes > 1:
+        bytes_per_s = min(bytes_per_s, in_node * machine.rail.bytes_per_s)
+    return machine.all_gather.latency_s + steps + 2 * (ranks - 1) / ranks * size / bytes_per_s
+
+
+def choose(
+    ranks: int,
+    nodes: int,
+    segments: int,
+    state_bytes: float,
+    machine: Machine,
+    *,
+    among: Sequence[str] = SIMPLEST_FIRST,
+) -> str:
+    """The cheapest backend of `among`; on one node the first that comes within a tenth of it, simple ones first."""
+    options = [backend for backend in among if possible(backend, nodes, machine)]
+    if not options:
+        raise ValueError(f"among ({', '.join(among)}) must name a backend for {nodes} nodes of {machine.name}")
+    times = {backend: exchange_time(backend, ranks, nodes, segments, state_bytes, machine) for backend in options}
+    best = min(times, key=lambda backend: times[backend])
+    if nodes > 1:
+        return best
+    return next(backend for backend in options if times[backend] <= NEARLY * times[best])
+
+
+def possible(backend: str, nodes: int, machine: Machine) -> bool:
+    """Whether a backend is one to choose on so many nodes."""
+    if backend == "symmetric_memory":
+        return nodes == 1 and machine.peer_memory is not None
+    # in one node it is "sliced"
+    return backend != "hierarchical" or nodes > 1
+
+
+def _check(backend: str, ranks: int, nodes: int, segments: int) -> None:
+    check_choice("backend", backend, BACKENDS)
+    check_positive("segments", segments)
+    check_positive("ranks", ranks)
+    check_divisible("ranks", ranks, "nodes", nodes)
+    if backend == "symmetric_memory" and nodes > 1:
+        raise ValueError(f"backend 'symmetric_memory' needs all ranks on one node, got {nodes} nodes; choose another")
+
+
+def nodes_of(ranks: int, stride: int, machine: Machine) -> int:
+    """Nodes under a group of every `stride`-th GPU. Raises ValueError when it fills some of them in part."""
+    if stride >= machine.node_size:
+        return ranks
+    if ranks * stride <= machine.node_size:
+        return 1
+    if ranks * stride % machine.node_size or machine.node_size % stride:
+        raise ValueError(
+            f"ranks * stride ({ranks} * {stride}) must fill whole nodes of {machine.node_size} GPUs or lie on one; "
+            f"choose another number of GPUs, or change node_size of the machine"
+        )
+    return ranks * stride // machine.node_size
