@@ -13,7 +13,7 @@ pass
 | symmetric_memory | k (s + a) for P = 2, else as sliced       | 1 or 2 barriers                      |
 | serial_exact     | k s                                       | k (P-1) hand-overs                   |
 
-at most: ranks at an end of the chain receive less. Backward sends no decays.
+at most: ranks at an end of the chain receive less.
 """
 
 import math
@@ -247,8 +247,8 @@ def traffic(
     """What one rank starts and receives in one pass of one layer.
 
     ranks, nodes: of the group, as many ranks on every node; segments: of one rank; state_bytes, decay_bytes: of one
-    segment's element (float32: 4 batch nheads/tp headdim d_state, and 4 batch nheads/tp), no decays backward; blocks:
-    into which "ring" cuts a state. Raises ValueError for a group that cannot be.
+    segment's element (float32: 4 batch nheads/tp headdim d_state, and 4 batch nheads/tp); blocks: into which "ring"
+    cuts a state. Raises ValueError for a group that cannot be.
     """
     _check(backend, ranks, nodes, segments)
     if backend in ("ring", "serial_exact"):

@@ -19,6 +19,22 @@ class Ledger:
     messages: Counter = field(default_factory=Counter)
     bytes: Counter = field(default_factory=Counter)
 
+    def enter(self, collective: str, group: Group, messages: int, nbytes: int) -> None:
+        """Note one launch."""
+        self.calls[collective, group.name] += 1
+        self.messages[collective, group.name] += messages
+        self.bytes[collective, group.name] += nbytes
+
+    def enter_collective(self, collective: str, group: Group, tensor: Tensor) -> None:
+        """Note one launch of a collective among equals, of which `tensor` is this rank's."""
+        others = group.size - 1
+        # what a rank receives, in units of its tensor over the ranks
+        shares = {
+            "all_reduce": 2 * others, "all_gather": others * group.size, "reduce_scatter": others, "all_to_all": others
+        }  # fmt: skip
+        rounds = 2 if collective == "all_reduce" else 1
+        self.enter(collective, group, rounds * others, tensor.nbytes * shares[collective] // group.size)
+
     def clear(self) -> None:
         self.calls.clear()
         self.messages.clear()
@@ -48,22 +64,12 @@ def record_collectives() -> Iterator[Ledger]:
 
 
 def enter(collective: str, group: Group, messages: int, nbytes: int) -> None:
-    """Note one launch in every open ledger."""
+    """`Ledger.enter` of every open ledger."""
     for ledger in _open:
-        ledger.calls[collective, group.name] += 1
-        ledger.messages[collective, group.name] += messages
-        ledger.bytes[collective, group.name] += nbytes
+        ledger.enter(collective, group, messages, nbytes)
 
 
 def enter_collective(collective: str, group: Group, tensor: Tensor) -> None:
-    """Note one launch of a collective among equals, of which `tensor` is this rank's."""
-    others = group.size - 1
-    # what a rank receives, in units of its tensor over the ranks
-    shares = {
-        "all_reduce": 2 * others,
-        "all_gather": others * group.size,
-        "reduce_scatter": others,
-        "all_to_all": others,
-    }
-    rounds = 2 if collective == "all_reduce" else 1
-    enter(collective, group, rounds * others, tensor.nbytes * shares[collective] // group.size)
+    """`Ledger.enter_collective` of every open ledger."""
+    for ledger in _open:
+        ledger.enter_collective(collective, group, tensor)

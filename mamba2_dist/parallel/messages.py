@@ -16,6 +16,7 @@ from torch import Tensor
 from . import ledger
 from .collectives import all_to_all_over, gather_over
 from .groups import Group
+from .ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,12 @@ class _Player:
             self.request, self.result = None, end.value
 
 
-def loopback(exchanges: Sequence[Exchange], node_size: int | None = None) -> list[Tensor]:
+def loopback(
+    exchanges: Sequence[Exchange], node_size: int | None = None, ledgers: Sequence[Ledger] = ()
+) -> list[Tensor]:
     """The results of all ranks' exchanges, played in this process; `node_size` ranks form a node.
 
-    Each open ledger counts the requests of all ranks together.
+    ledgers: one for each rank, which counts its requests.
     """
     players = [_Player(rank, exchange) for rank, exchange in enumerate(exchanges)]
     node_size = node_size or len(players)
@@ -140,12 +143,13 @@ def loopback(exchanges: Sequence[Exchange], node_size: int | None = None) -> lis
         if isinstance(request, Messages):
             if all(player.mail.get(peers[sender].rank) for sender in request.received):
                 brought = {sender: player.mail[peers[sender].rank].popleft() for sender in request.received}
-                group = Group(request.within, tuple(peer.rank for peer in peers))
-                ledger.enter("send_recv", group, len(brought), sum(tensor.nbytes for tensor in brought.values()))
+                if ledgers and (request.sent or brought):
+                    size = sum(tensor.nbytes for tensor in brought.values())
+                    ledgers[player.rank].enter("send_recv", _group(peers, request.within), len(brought), size)
                 player.advance(brought)
                 ready.extend([player, *_post(player, part)])
         elif all(type(peer.request) is type(request) and peer.request.within == request.within for peer in peers):
-            _carry_collective(peers, request.within)
+            _carry_collective(peers, request.within, ledgers)
             for peer in peers:
                 ready.extend([peer, *_post(peer, part)])
     waiting = [player.rank for player in players if player.request is not None]
@@ -164,11 +168,16 @@ def _post(player: _Player, part: Callable[[_Player, str], list[_Player]]) -> lis
     return [peers[rank] for rank in player.request.sent]
 
 
-def _carry_collective(players: list[_Player], within: str) -> None:
+def _group(players: list[_Player], within: str) -> Group:
+    return Group(within, tuple(player.rank for player in players))
+
+
+def _carry_collective(players: list[_Player], within: str, ledgers: Sequence[Ledger]) -> None:
     tensors = [player.request.tensor for player in players if isinstance(player.request, AllGather | AllToAll)]
     gathers = isinstance(players[0].request, AllGather)
     together = torch.stack(tensors)
-    group = Group(within, tuple(player.rank for player in players))
     for place, player in enumerate(players):
-        ledger.enter_collective("all_gather" if gathers else "all_to_all", group, tensors[place])
+        if ledgers:
+            name = "all_gather" if gathers else "all_to_all"
+            ledgers[player.rank].enter_collective(name, _group(players, within), tensors[place])
         player.advance(together if gathers else together[:, place])

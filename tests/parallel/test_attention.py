@@ -179,23 +179,22 @@ TOKEN = SEQLEN // 4 * HEAD_DIM * 8  # bytes of a head of a rank's tokens
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_what_all_gather_sends(heads):
     parts, kv = 4 // heads, 8 * TOKEN
-    forward = {("all_gather", "cp"): parts}, kv
-    # what is scattered is all ranks'
-    backward = {("all_gather", "cp"): parts, ("reduce_scatter", "cp"): parts}, kv + 4 * kv
+    forward = {("all_gather", "cp"): parts}, 3 * kv
+    backward = {("all_gather", "cp"): parts, ("reduce_scatter", "cp"): parts}, 3 * kv + 3 * kv
     run_ranks(4, _sent, 1, "all_gather", heads, (forward, backward))
 
 
 def test_what_ulysses_sends():
-    both = {("all_to_all", "cp"): 2}, (8 + 4 + 4 + 8) * TOKEN
+    both = {("all_to_all", "cp"): 2}, (8 + 4 + 4 + 8) * TOKEN * 3 // 4
     run_ranks(4, _sent, 1, "ulysses", 1, (both, both))
 
 
 def test_what_ulysses_sends_between_nodes():
     """Half of the heads of twice the tokens."""
-    shared, kv = (8 + 4 + 4 + 8) * TOKEN, 8 * TOKEN
+    shared, kv = (8 + 4 + 4 + 8) * TOKEN // 2, 8 * TOKEN
     forward = {("all_to_all", "cp node"): 2, ("all_gather", "cp rail"): 2}, shared + kv
     calls = {("all_to_all", "cp node"): 2, ("all_gather", "cp rail"): 2, ("reduce_scatter", "cp rail"): 2}
-    run_ranks(4, _sent, 2, "ulysses", 1, (forward, (calls, shared + 3 * kv)))
+    run_ranks(4, _sent, 2, "ulysses", 1, (forward, (calls, shared + 2 * kv)))
 
 
 def _chosen(layout, seqlen, heads, expected):

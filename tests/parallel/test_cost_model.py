@@ -64,7 +64,7 @@ def test_blocks_of_the_ring_carry_the_same_bytes():
 def test_log_step_against_its_schedule(ranks, layout):
     """Doubling distances along the chain of a real table: as many rounds, no rank receives more."""
     table = getattr(SegmentTable, layout)(4 * ranks, ranks)
-    holders = [rank for rank, _ in table.chain]
+    holders = table.holders.tolist()
     received, distance, rounds, most = [0] * ranks, 1, 0, 0
     while distance < len(holders):
         now = [0] * ranks

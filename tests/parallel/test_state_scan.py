@@ -6,9 +6,11 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from mamba2_dist import SegmentTable
+from mamba2_dist.parallel.cost_model import traffic
+from mamba2_dist.parallel.ledger import Ledger
 from mamba2_dist.parallel.messages import loopback
 from mamba2_dist.parallel.segments import Segment
-from mamba2_dist.parallel.state_scan import STATE_SCANS, exchange, state_scan
+from mamba2_dist.parallel.state_scan import RING_BLOCKS, STATE_SCANS, exchange, state_scan
 
 from ..distributed import run_ranks
 from ..splits import groups_of, make_table
@@ -132,3 +134,37 @@ def test_unknown_backend_is_refused():
     table = SegmentTable.contiguous(4, 1)
     with pytest.raises(ValueError, match="state_scan must be one of"):
         state_scan(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), table, groups_of(1, 1).states, "gossip")
+
+
+@pytest.mark.parametrize("backend", STATE_SCANS)
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize(("ranks", "node_size"), [(8, 8), (8, 2), (16, 4), (6, 6)])
+def test_ledger_equals_the_formula(ranks, node_size, segments, backend):
+    """What the busiest rank starts and receives."""
+    table = getattr(SegmentTable, ["contiguous", "zigzag"][segments - 1])(2 * ranks, ranks)
+    states = torch.randn(len(table.segments), 1, 3, 4, 12, dtype=torch.float64)
+    decays = torch.rand(len(states), 1, 3, 1, 1, dtype=torch.float64)
+    exchanges = [
+        exchange(states[mine], decays[mine], table, rank, backend, node_size=node_size)
+        for rank, mine in enumerate(_positions(table, rank) for rank in range(ranks))
+    ]
+    ledgers = [Ledger() for _ in range(ranks)]
+    loopback(exchanges, node_size, ledgers)
+    expected = traffic(
+        backend, ranks, ranks // node_size, segments, 3 * 48 * 8, 0 if backend == "ring" else 3 * 8, blocks=RING_BLOCKS
+    )
+    actual = tuple(max(getattr(ledger, name).total() for ledger in ledgers) for name in ("calls", "messages", "bytes"))
+    if segments == 1 or backend in ("all_gather", "sliced", "ring"):
+        assert actual == (expected.launches, expected.messages, expected.bytes)
+    else:
+        # neighbours of the chain that one rank holds need no message
+        assert actual[0] == expected.launches
+        assert actual[1] <= expected.messages
+        assert expected.bytes / 2 < actual[2] <= expected.bytes
+
+
+def test_slices_of_eight_ranks_are_no_more_than_two_states():
+    states, decays = _elements("scalar", 8)
+    state, decay = states[0].nbytes, decays[0].nbytes
+    assert traffic("sliced", 8, 1, 1, state).bytes <= 2.1 * state
+    assert traffic("all_gather", 8, 1, 1, state, decay).bytes == 7 * (state + decay)
