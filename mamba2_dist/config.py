@@ -194,8 +194,8 @@ class ParallelConfig:
     """Keep the residual stream split over tp between layers; needs tp above 1."""
     layout: Literal["contiguous", "zigzag"] = "contiguous"
     """How a sequence is cut over cp; "zigzag" balances attention."""
-    state_scan: Literal["all_gather", "sliced", "hierarchical", "log_step", "ring"] = "all_gather"
-    """How states travel over cp."""
+    state_scan: Literal["auto", "all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory"] = "auto"
+    """How states travel over cp: see docs/parallel.md; "auto" takes the cheapest by the cost model."""
     attention: Literal["auto", "all_gather", "ulysses"] = "auto"
     """How attention's keys, values or heads travel over cp; "ulysses" needs nheads_kv / tp divisible by the cp ranks of
     a node."""
@@ -205,7 +205,9 @@ class ParallelConfig:
     def __post_init__(self):
         check_positive_fields(self, "tp", "cp", "dp")
         check_choice_field(self, "layout", "contiguous", "zigzag")
-        check_choice_field(self, "state_scan", "all_gather", "sliced", "hierarchical", "log_step", "ring")
+        check_choice_field(
+            self, "state_scan", "auto", "all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory"
+        )
         check_choice_field(self, "attention", "auto", "all_gather", "ulysses")
         check_choice_field(self, "sharding", "fsdp", "ddp")
         require(

@@ -42,7 +42,7 @@ def hybrid_layers(
     groups: ParallelGroups,
     *,
     sequence_parallel: bool = False,
-    state_scan: StateScan = "all_gather",
+    state_scan: StateScan = "auto",
     attention: AttentionMethod = "auto",
     recompute: Recompute = "none",
     compiled: bool = False,

@@ -59,7 +59,7 @@ class Mamba2Mixer(PartitionedModule):
         groups: ParallelGroups | None = None,
         *,
         sequence_parallel: bool = False,
-        state_scan: StateScan = "all_gather",
+        state_scan: StateScan = "auto",
         recompute: Recompute = "none",
         norm_eps: float = 1e-5,
         residual_layers: int = 1,

@@ -9,6 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mamba2_dist.kernels.common.checks import check_positive
 
+from .cost_model import H200, Machine
+
 AXES = ("tp", "cp", "pp", "dp")
 
 
@@ -27,6 +29,7 @@ class Group:
     node: "Group | None" = None
     rail: "Group | None" = None
     nodes: int = 1  # that it lies on
+    machine: Machine = H200  # what joins them
 
     @property
     def size(self) -> int:
@@ -46,6 +49,7 @@ class ParallelGroups:
 
     tp, cp, pp: sizes; dp: size, or None for whatever the world leaves.
     node_size: processes of a node, which are neighbours; None: as torchrun says, or all.
+    machine: the links by which an exchange of states is chosen, as `mamba2-dist calibrate` measures them.
     device_type: "cpu" or "cuda"; None: "cuda" where there is one and the processes do not speak gloo alone.
     Without `torch.distributed` every size must be 1. Raises ValueError for sizes that do not fill the world.
     """
@@ -69,6 +73,7 @@ class ParallelGroups:
         *,
         device_type: str | None = None,
         node_size: int | None = None,
+        machine: Machine = H200,
     ):
         for name, size in (("tp", tp), ("cp", cp), ("pp", pp), ("dp", 1 if dp is None else dp)):
             check_positive(name, size)
@@ -92,7 +97,7 @@ class ParallelGroups:
             rows = torch.arange(world).view(pp, dp, cp, tp).movedim(2, 3).reshape(-1, cp)
             node_size = node_size or int(os.environ.get("LOCAL_WORLD_SIZE", world))
             self.cp = _with_nodes(self.cp, rows, node_size)
-            self.states = _with_nodes(Group.of("states", _along(rows)), rows, node_size)
+            self.states = _with_nodes(replace(Group.of("states", _along(rows)), machine=machine), rows, node_size)
         joined = init_device_mesh(device_type, (pp, dp * cp, tp), mesh_dim_names=("pp", "data", "tp"))
         self.data_mesh = joined["data"]
         self.data = Group.of("data", joined.get_group("data"))

@@ -73,7 +73,7 @@ class SSDOverSegments:
         dt_softplus: bool = False,
         dt_limit: tuple[float, float] = (0.0, math.inf),
         backend: Backend = "auto",
-        scan: StateScan = "all_gather",
+        scan: StateScan = "auto",
     ):
         self.table, self.group, self.scan = table, group, scan
         self.local, self.shape = table.local(group.rank), x.shape

@@ -11,10 +11,11 @@ so backward is the same scan of (a, U) in reverse order.
 
 import functools
 import itertools
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -25,13 +26,16 @@ from torch.autograd.function import once_differentiable
 from mamba2_dist.kernels.common.checks import check_choice
 from mamba2_dist.kernels.common.transfer import to_device
 
+from .cost_model import Machine, choose
 from .groups import Group
 from .messages import AllGather, AllToAll, Exchange, Messages, ProcessGroups
 from .segments import SegmentTable
+from .symmetric_memory import SymmetricMemory
 
-StateScan = Literal["all_gather", "sliced", "hierarchical", "log_step", "ring"]
-STATE_SCANS = ("all_gather", "sliced", "hierarchical", "log_step", "ring")
+StateScan = Literal["auto", "all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory"]
+STATE_SCANS = get_args(StateScan)
 RING_BLOCKS = 4
+logger = logging.getLogger(__name__)
 
 
 # elements
@@ -306,12 +310,18 @@ def _is_passed_whole(holders: Sequence[int]) -> bool:
     return True
 
 
-_BACKENDS: dict[str, type] = {
+def _in_peers_memory(chain: _Chain, node_size: int) -> _AllGather | _Sliced:
+    """Of two ranks each reads the other's state; of more, slices."""
+    return (_AllGather if chain.holders.max() < 2 else _Sliced)(chain, node_size)
+
+
+_BACKENDS: dict[str, Callable[[_Chain, int], Any]] = {
     "all_gather": _AllGather,
     "sliced": _Sliced,
     "hierarchical": _Hierarchical,
     "log_step": _LogStep,
     "ring": _Ring,
+    "symmetric_memory": _in_peers_memory,
 }
 
 
@@ -368,15 +378,42 @@ def begin(
             f"state_scan 'hierarchical' needs as many ranks of {group.name} ({group.size}) on each of its nodes "
             f"({group.nodes}); choose a cp that fills whole nodes, or 'log_step'"
         )
+    if backend == "auto":
+        backend = chosen(group, table.slots, math.prod(state.shape[1:]) * state.element_size())
     node_size = None if group.node is None else group.node.size
     work = exchange(state, decay, table, group.rank, backend, node_size=node_size, reverse=reverse)
     if not state.is_cuda:
-        return Pending(ProcessGroups(group).run(work), None)
+        return Pending(_carrier(backend, group, state.device).run(work), None)
     stream = _side_stream(state.device)
     stream.wait_stream(torch.cuda.current_stream(state.device))
     with torch.cuda.stream(stream):
-        entering = ProcessGroups(group).run(work)
+        entering = _carrier(backend, group, state.device).run(work)
         return Pending(entering, stream.record_event())
+
+
+def _carrier(backend: StateScan, group: Group, device: torch.device) -> ProcessGroups:
+    return SymmetricMemory(group, device) if backend == "symmetric_memory" else ProcessGroups(group)
+
+
+def chosen(group: Group, segments: int, state_bytes: int) -> StateScan:
+    """What "auto" stands for: the cheapest by the cost model, for `segments` a rank with states of so many bytes.
+
+    Never "symmetric_memory", which not every machine can do.
+    """
+    if group.nodes > 1 and group.node is None:
+        return "log_step"  # whatever the nodes hold
+    return _choose(group.size, group.nodes, segments, state_bytes, group.machine)
+
+
+@functools.cache
+def _choose(ranks: int, nodes: int, segments: int, state_bytes: int, machine: Machine) -> StateScan:
+    among = ("all_gather", "sliced", "log_step", "ring", "hierarchical")
+    backend = choose(ranks, nodes, segments, state_bytes, machine, among=among)
+    logger.info(
+        "state_scan auto: %s, for %d ranks on %d nodes, %d states a rank of %.3f MB, by the links of %s",
+        backend, ranks, nodes, segments, state_bytes / 1e6, machine.name,
+    )  # fmt: skip
+    return cast(StateScan, backend)
 
 
 def state_scan(state: Tensor, decay: Tensor, table: SegmentTable, group: Group, backend: StateScan) -> Tensor:
@@ -395,6 +432,9 @@ def state_scan(state: Tensor, decay: Tensor, table: SegmentTable, group: Group, 
     | `hierarchical` | 2 k s in its node, log2(k M) k s / g beyond | 2 + log2(k M)        |
     | `log_step`     | log2(k P) k s                               | log2(k P)            |
     | `ring`         | k s, one rank after the other               | k a block, of few    |
+
+    `symmetric_memory` is `all_gather` of two ranks and `sliced` of more, on GPUs of one node that read each other's
+    memory. `auto` takes the cheapest of the others by the cost model.
 
     Raises ValueError for an unknown backend, and for `hierarchical` over nodes that hold unlike numbers of ranks.
     """

@@ -1,0 +1,71 @@
+"""Collectives of GPUs of one node that read each other's memory, by PyTorch's symmetric memory; no multicast."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import ledger
+from .groups import Group
+from .messages import AllGather, AllToAll, ProcessGroups, Request
+
+
+class SymmetricMemory(ProcessGroups):
+    """Carries collectives by copies from the other ranks' memory, after one barrier on the current stream.
+
+    Raises ValueError where ranks cannot read each other's memory.
+    """
+
+    def __init__(self, group: Group, device: torch.device):
+        super().__init__(group)
+        if device.type != "cuda" or group.nodes > 1:
+            raise ValueError(
+                f"state_scan 'symmetric_memory' needs all ranks on GPUs of one node, got {device.type} and "
+                f"{group.nodes} nodes; choose 'sliced', 'hierarchical' or 'auto'"
+            )
+        self.device = device
+
+    def carry(self, request: Request):
+        """What a request brings."""
+        if not isinstance(request, AllGather | AllToAll):
+            return super().carry(request)
+        tensor, group = request.tensor.contiguous(), self.group
+        gathers = isinstance(request, AllGather)
+        ledger.enter_collective("all_gather" if gathers else "all_to_all", group, tensor)
+        buffers = _buffers(group, tensor.numel(), tensor.dtype, self.device)
+        mine, peers = buffers.next()
+        mine.copy_(tensor.view(-1))
+        buffers.barrier()
+        brought = tensor.new_empty(group.size, tensor.numel() if gathers else tensor.numel() // group.size)
+        for rank, peer in enumerate(peers):
+            brought[rank].copy_(peer if gathers else peer.view(group.size, -1)[group.rank])
+        return brought.view(group.size, *tensor.shape[0 if gathers else 1 :])
+
+
+class _Buffers:
+    """Two buffers that take turns: who writes into one has passed a barrier since anybody last read it."""
+
+    def __init__(self, group: Group, numel: int, dtype: torch.dtype, device: torch.device):
+        import torch.distributed._symmetric_memory as symmetric
+
+        self.pairs, self.turn = [], 0
+        for _ in range(2):
+            mine = symmetric.empty(numel, dtype=dtype, device=device)
+            handle = symmetric.rendezvous(mine, group.handle)
+            peers = [handle.get_buffer(rank, (numel,), dtype) for rank in range(group.size)]
+            self.pairs.append((mine, peers, handle))
+
+    def next(self) -> tuple[Tensor, list[Tensor]]:
+        """This rank's buffer and every rank's."""
+        self.turn = 1 - self.turn
+        mine, peers, _ = self.pairs[self.turn]
+        return mine, peers
+
+    def barrier(self) -> None:
+        """Wait on the current stream until all ranks are here."""
+        self.pairs[self.turn][2].barrier()
+
+
+@functools.cache
+def _buffers(group: Group, numel: int, dtype: torch.dtype, device: torch.device) -> _Buffers:
+    return _Buffers(group, numel, dtype, device)
