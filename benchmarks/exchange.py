@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--tokens", type=int, default=32768, help="of one rank")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="print which kernels of the mixer cost more when cut")
     parser.add_argument("--calls", type=int, default=8, help="in one round")
     options = parser.parse_args()
     dist.init_process_group("cpu:gloo,cuda:nccl")
@@ -147,9 +148,12 @@ def measure_mixer(groups: ParallelGroups, options: argparse.Namespace):
         name = f"1/{groups.cp.size} of the step on one GPU"
         row = make_row("mixer cp2 vs half cp1", case, times["cut"], share, name, "ms")
         yield row | {"over": times["cut"] / share}
-        exposed, wire = exposed_ms(calls["cut"], groups.cp)
+        kernels = {side: kernel_spans(call) for side, call in calls.items()}
+        exposed, wire = exposed_ms(kernels["cut"], groups.cp)
         row = make_row("mixer exposed communication", case, exposed, None, None, "ms")
         yield row | {"over": exposed / times["cut"], "communication": wire}
+        if options.profile:
+            say(differences(kernels["whole"], kernels["cut"], groups.cp.size))
         del whole, cut, u, dy, local_u, local_dy, calls
         torch.cuda.empty_cache()
 
@@ -174,22 +178,46 @@ def distance(actual: Tensor, expected: Tensor) -> float:
     return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
-def exposed_ms(call: Call, group: Group, calls: int = 5) -> tuple[float, float]:
-    """By the profiler: time of communication kernels beside which nothing computes, and all of it; ms a call."""
+PROFILED = 5  # calls
+
+
+def kernel_spans(call: Call) -> list[tuple[str, float, float]]:
+    """Name, start and end in us of every kernel and copy of `PROFILED` calls."""
     call()
-    torch.cuda.synchronize()
-    dist.barrier()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(calls):
+        torch.cuda.synchronize()
+        dist.barrier()
+        for _ in range(PROFILED):
             call()
         torch.cuda.synchronize()
-    talking, working = [], []
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            span = event.time_range.start, event.time_range.end
-            (talking if "nccl" in event.name.lower() else working).append(span)
+    return [
+        (event.name, event.time_range.start, event.time_range.end)
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+
+
+def exposed_ms(kernels: list[tuple[str, float, float]], group: Group) -> tuple[float, float]:
+    """Time of communication kernels beside which nothing computes, and all of it; ms a call, of the slowest rank."""
+    talking = [(start, end) for name, start, end in kernels if "nccl" in name.lower()]
+    working = [(start, end) for name, start, end in kernels if "nccl" not in name.lower()]
     alone = total_length(talking + working) - total_length(working)
-    return slowest(alone / calls / 1e3, group), slowest(total_length(talking) / calls / 1e3, group)
+    return tuple(slowest(length / PROFILED / 1e3, group) for length in (alone, total_length(talking)))
+
+
+def differences(whole: list, cut: list, ranks: int, count: int = 14) -> str:
+    """The kernels whose time differs most from their share of the whole step."""
+    totals: dict[str, list[float]] = {}
+    for side, (kernels, scale) in enumerate(((whole, ranks), (cut, 1))):
+        for name, start, end in kernels:
+            totals.setdefault(name, [0.0, 0.0])[side] += (end - start) / scale / PROFILED / 1e3
+    most = sorted(totals, key=lambda name: -abs(totals[name][1] - totals[name][0]))[:count]
+    lines = [f"{name[:70]:70} {totals[name][0]:8.3f} {totals[name][1]:8.3f}" for name in most]
+    sums = [sum(each[side] for each in totals.values()) for side in (0, 1)]
+    gaps = [(kernels[-1][2] - kernels[0][1]) / PROFILED / 1e3 / scale for kernels, scale in ((whole, ranks), (cut, 1))]
+    lines.append(f"{'all kernels':70} {sums[0]:8.3f} {sums[1]:8.3f}")
+    lines.append(f"{'from first to last':70} {gaps[0]:8.3f} {gaps[1]:8.3f}")
+    return "\n".join(lines)
 
 
 def total_length(spans: list[tuple[float, float]]) -> float:

@@ -56,6 +56,18 @@ def all_to_all_over(tensor: Tensor, group: Group) -> Tensor:
     return output
 
 
+def rows_over(tensor: Tensor, group: Group, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    """`all_to_all` outside autograd."""
+    if group.size == 1:
+        return tensor
+    output = tensor.new_empty(sum(received), *tensor.shape[1:])
+    theirs = [rows for rank, rows in enumerate(received) if rank != group.rank]
+    row = tensor.element_size() * math.prod(tensor.shape[1:])
+    ledger.enter("all_to_all", group, sum(rows > 0 for rows in theirs), sum(theirs) * row)
+    dist.all_to_all_single(output, tensor.contiguous(), list(received), list(sent), group=group.handle)
+    return output
+
+
 def _all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType) -> Tensor:
     if group.size == 1:
         return tensor
@@ -85,17 +97,6 @@ def _reduce_scatter(tensor: Tensor, group: Group, dim: int) -> Tensor:
     scattered = tensor.new_empty(tensor.shape[0] // group.size, *tensor.shape[1:])
     _scatter_single(scattered, tensor.contiguous(), group=group.handle)
     return scattered
-
-
-def _all_to_all(tensor: Tensor, group: Group, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-    if group.size == 1:
-        return tensor
-    output = tensor.new_empty(sum(received), *tensor.shape[1:])
-    theirs = [rows for rank, rows in enumerate(received) if rank != group.rank]
-    row = tensor.element_size() * math.prod(tensor.shape[1:])
-    ledger.enter("all_to_all", group, sum(rows > 0 for rows in theirs), sum(theirs) * row)
-    dist.all_to_all_single(output, tensor.contiguous(), list(received), list(sent), group=group.handle)
-    return output
 
 
 class _Replicate(torch.autograd.Function):
@@ -172,11 +173,11 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, group, sent, received):
         ctx.group, ctx.sent, ctx.received = group, sent, received
-        return _all_to_all(tensor, group, sent, received)
+        return rows_over(tensor, group, sent, received)
 
     @staticmethod
     def backward(ctx, grad):
-        return _all_to_all(grad, ctx.group, ctx.received, ctx.sent), None, None, None
+        return rows_over(grad, ctx.group, ctx.received, ctx.sent), None, None, None
 
 
 def replicate(tensor: Tensor, group: Group) -> Tensor:

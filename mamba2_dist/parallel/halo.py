@@ -1,15 +1,17 @@
 """The inputs just before a segment that its convolution needs, fetched from whoever holds them."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mamba2_dist.kernels.common.transfer import to_device
 
-from .collectives import all_to_all
+from .collectives import rows_over
 from .groups import Group
 from .segments import Segment, SegmentTable
 
@@ -25,22 +27,39 @@ class HaloPlan:
     needed: bool  # whether any rank of the group fetches anything
 
 
-def conv_halo(x: Tensor, width: int, table: SegmentTable, group: Group) -> Tensor | None:
-    """(pieces, width - 1, channels): what precedes each piece in its document, zeros where nothing does; None where
-    nothing precedes any piece of any rank.
+def conv_halo(x: Tensor, channels: int, width: int, table: SegmentTable, group: Group) -> tuple[Tensor, Tensor | None]:
+    """x for a convolution of `width` and what precedes each piece in its document, (pieces, width - 1, channels), zeros
+    where nothing does; None where nothing precedes any piece of any rank.
 
-    x: (batch, seqlen/cp, channels), the convolution's input. One all-to-all over `group` of exactly the rows needed,
-    from as many segments back as it takes; its adjoint adds the gradients to the rows they came from.
+    x: (batch, seqlen/cp, at least channels), of which the first are convolved. One all-to-all over `group` of exactly
+    the rows needed, from as many segments back as it takes. The convolution must be all that reads the x returned: its
+    gradient is the memory to which those of the rows are added.
     """
     before = width - 1
-    local = table.local(group.rank)
     plan = _plan(table, group.rank, before, x.device)
     if not plan.needed:
-        return None
-    rows = x.flatten(0, 1).index_select(0, plan.source)
-    rows = all_to_all(rows, group, plan.sent, plan.received)
-    halo = x.new_zeros(len(local.documents) * before, x.shape[-1])
-    return halo.index_copy(0, plan.target, rows).unflatten(0, (-1, before))
+        return x, None
+    return _Halo.apply(x, channels, (len(table.local(group.rank).documents), before), plan, group)
+
+
+class _Halo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, channels, pieces, plan, group):
+        rows = x.flatten(0, 1)[:, :channels].index_select(0, plan.source)
+        rows = rows_over(rows, group, plan.sent, plan.received)
+        halo = x.new_zeros(math.prod(pieces), channels).index_copy_(0, plan.target, rows)
+        ctx.channels, ctx.plan, ctx.group = channels, plan, group
+        return x.view_as(x), halo.unflatten(0, pieces)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx, d_halo):
+        plan = ctx.plan
+        rows = d_halo.flatten(0, 1).index_select(0, plan.target)
+        rows = rows_over(rows, ctx.group, plan.received, plan.sent)
+        dx = dx.contiguous()
+        dx.flatten(0, 1)[:, : ctx.channels].index_add_(0, plan.source, rows)
+        return dx, None, None, None, None
 
 
 def _plan(table: SegmentTable, rank: int, before: int, device: torch.device) -> HaloPlan:

@@ -34,7 +34,7 @@ def conv1d_over_segments(
     x: (batch, seqlen/cp, at least sum(sizes)), of which the first channels are convolved; weight: (sum(sizes), width).
     Returns the parts and what follows them, and what gives all of that again without communicating.
     """
-    halo = conv_halo(x[..., : sum(sizes)], weight.shape[1], table, group)
+    x, halo = conv_halo(x, sum(sizes), weight.shape[1], table, group)
     pieces = table.local(group.rank).documents
 
     def convolve() -> list[Tensor]:
@@ -126,9 +126,12 @@ class SSDOverSegments:
         del self.pending
         return arrived
 
-    def mask(self, name: str, like: Tensor) -> Tensor:
-        """Which segments of which rows `name` is true of, (segments, batch, 1, 1, 1); see `LocalSegments`."""
-        return self.local.tensor(name, like.device)[..., None, None, None]
+    def where(self, name: str, tensor: Tensor) -> Tensor:
+        """`tensor`, (segments, batch, ...), with zeros where `name` is not true of a segment of a row; see
+        `LocalSegments`."""
+        if getattr(self.local, name).all():
+            return tensor
+        return torch.where(self.local.tensor(name, tensor.device)[..., None, None, None], tensor, 0.0)
 
 
 def _packed(*tensors: Tensor) -> list[Tensor]:
@@ -145,7 +148,7 @@ class _Leave(torch.autograd.Function):
         state, decay = over.in_work.leaving()
         decay = decay.unflatten(0, over.local.last.shape)[..., None, None]
         # nothing passes a segment in which a document starts
-        over.decay = torch.where(over.mask("passes", state), decay, 0.0)
+        over.decay = over.where("passes", decay)
         over.begin(state, over.decay)
         ctx.over = over
         return x.new_empty(()).expand(x.shape)
@@ -167,7 +170,7 @@ class _Enter(torch.autograd.Function):
     def forward(ctx, over, opened, *tensors):
         arrived = over.wait().unflatten(0, over.local.last.shape)
         # a segment's entering state goes to its first piece if that continues a document
-        over.entering = torch.where(over.mask("continues", arrived), arrived, 0.0).flatten(0, 1)
+        over.entering = over.where("continues", arrived).flatten(0, 1)
         y, kept = over.in_work.outputs(over.entering)
         del over.in_work
         ctx.save_for_backward(*tensors, over.entering, over.decay, kept)
@@ -183,7 +186,7 @@ class _Enter(torch.autograd.Function):
         span = over.span(*tensors)
         packed = dy.flatten(0, 1)[None]
         d_entering = span.entering_gradient(packed).unflatten(0, over.local.last.shape)
-        d_entering = torch.where(over.mask("continues", d_entering), d_entering, 0.0)
+        d_entering = over.where("continues", d_entering)
         over.begin(d_entering.flatten(0, 1), decay, reverse=True)
         over.in_work = span, packed, entering, kept
         return None, dy, *[None] * len(tensors)

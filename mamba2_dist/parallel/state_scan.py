@@ -107,10 +107,16 @@ class _Chain:
         """Positions that this rank holds."""
         return np.flatnonzero(self.holders == self.rank)
 
-    def index(self, positions: np.ndarray, first_rank: int = 0) -> Tensor:
+    def index(self, positions: np.ndarray, first_rank: int = 0) -> "slice | Tensor":
         """Where these lie among the elements of all ranks from `first_rank` on, `slots_per_rank` each."""
         flat = (self.holders[positions] - first_rank) * self.slots_per_rank + self.slots[positions]
-        return to_device(flat, self.device)
+        return self.place(flat)
+
+    def place(self, numbers: np.ndarray) -> "slice | Tensor":
+        """Numbers as an index, a slice where they follow each other: that takes no kernel."""
+        if len(numbers) and (np.diff(numbers) == 1).all():
+            return slice(int(numbers[0]), int(numbers[-1]) + 1)
+        return to_device(numbers, self.device)
 
 
 class _Round(NamedTuple):
@@ -152,7 +158,7 @@ class _AllGather:
         self.count = int(chain.mine[-1]) if len(chain.mine) else 0
         self.before = chain.index(np.arange(self.count))
         order = chain.mine[np.argsort(chain.slots[chain.mine])]
-        self.mine = to_device(order, chain.device)
+        self.mine = chain.place(order)
 
     def run(self, elements: Elements) -> Exchange:
         padded = _padded(elements, self.slots)
@@ -160,9 +166,11 @@ class _AllGather:
         everyone = _unpack(gathered, padded.states.shape, padded.decays.shape)
         if self.count == 0:
             return torch.zeros_like(elements.states)
-        before = _inclusive(Elements(*(t.flatten(0, 1).index_select(0, self.before) for t in everyone)))
+        before = _inclusive(Elements(*(t.flatten(0, 1)[self.before] for t in everyone)))
+        if self.mine == slice(self.count, self.count + 1):
+            return before.states[-1:]
         # nothing enters the first
-        return F.pad(before.states, (0, 0, 0, 0, 1, 0)).index_select(0, self.mine)
+        return F.pad(before.states, (0, 0, 0, 0, 1, 0))[self.mine]
 
 
 class _LogStep:
@@ -225,11 +233,12 @@ class _Hierarchical:
 
     def run(self, elements: Elements) -> Exchange:
         held = yield from _to_slices(_padded(elements, self.slots), self.node_size, self.within)
-        inside = [_inclusive(Elements(*(t.index_select(0, run) for t in held))) for run in self.runs]
+        inside = [_inclusive(Elements(*(t[run] for t in held))) for run in self.runs]
         entering = yield from _log_step([run.at(-1) for run in inside], self.rounds, "rail", elements.states)
         # a rank or a node may hold nothing
         states = [held.states[:0], *(_entering(run, enters) for run, enters in zip(inside, entering, strict=True))]
-        back = torch.zeros_like(held.states).index_copy_(0, self.everywhere, torch.cat(states))
+        back = torch.zeros_like(held.states)
+        back[self.everywhere] = torch.cat(states)
         mine = yield from _from_slices(back, self.node_size, self.within)
         return mine[: len(elements.states), :, : elements.states.shape[2]]
 

@@ -21,6 +21,7 @@ from ..tolerances import EXACT, assert_close
 SEQLEN = 24
 # a document over three ranks, empty neighbours, length 1, starts on and beside cuts, and a row with one document
 DOCUMENTS = [[0, 0, 3, 3, 4, 19, 19, 24], [0, 6, 7, 8, 12, 13, 18, 24, 24], [0, 24]]
+SCANS = ("auto", "all_gather", "sliced", "log_step", "ring")
 SPLITS = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 3), (1, 4), (2, 2)]
 
 
@@ -58,7 +59,7 @@ def _mixer(tp, cp, ngroups, layout, packed, scan, sequence_parallel):
 @pytest.mark.parametrize("ngroups", [1, 2, 8])
 @pytest.mark.parametrize(
     ("tp", "cp", "scan"),
-    [(*split, scan) for split in SPLITS for scan in ("all_gather", "ring") if split[1] > 1 or scan == "all_gather"],
+    [(*split, scan) for split in SPLITS for scan in SCANS if split[1] > 1 or scan == "auto"],
 )
 def test_mixer(tp, cp, scan, ngroups, layout):
     for packed in (False, True):
@@ -68,7 +69,7 @@ def test_mixer(tp, cp, scan, ngroups, layout):
 @pytest.mark.parametrize("ngroups", [1, 2, 8])
 @pytest.mark.parametrize(("tp", "cp"), [(2, 1), (4, 1), (2, 2)])
 def test_mixer_sequence_parallel(tp, cp, ngroups):
-    run_ranks(tp * cp, _mixer, tp, cp, ngroups, "contiguous", True, "all_gather", True)
+    run_ranks(tp * cp, _mixer, tp, cp, ngroups, "contiguous", True, "auto", True)
 
 
 def _without_segments():

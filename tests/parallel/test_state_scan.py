@@ -75,6 +75,11 @@ def test_nodes(layout, node_size):
     run_ranks(4, _scan, make_table(layout, 24, 4, [[0, 24]]), "scalar", "hierarchical", node_size)
 
 
+@pytest.mark.parametrize("backend", ["sliced", "hierarchical", "log_step"])
+def test_eight_ranks(backend):
+    run_ranks(8, _scan, SegmentTable.zigzag(32, 8), "scalar", backend, 4)
+
+
 def _uneven_nodes():
     with pytest.raises(ValueError, match=r"as many ranks of states \(4\) on each of its nodes \(2\)"):
         _scan(SegmentTable.contiguous(8, 4), "scalar", "hierarchical", 3)
