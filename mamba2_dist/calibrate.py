@@ -1,6 +1,5 @@
 """Measure this machine's links, products and copies, for the cost model."""
 
-import json
 import os
 import statistics
 import sys
@@ -19,6 +18,7 @@ from mamba2_dist.launch import launch
 from mamba2_dist.parallel.collectives import all_to_all, gather_over
 from mamba2_dist.parallel.cost_model import H200, Link, Machine
 from mamba2_dist.parallel.groups import Group
+from mamba2_dist.train.machine import save_machine
 from mamba2_dist.train.runtime import process_group
 
 SIZES = [2**power for power in range(15, 25)]  # 32 KiB to 16 MiB
@@ -45,29 +45,6 @@ def calibrate(config: CalibrateConfig) -> int:
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     processes = torch.cuda.device_count() or 2
     return launch(processes, ["-m", "mamba2_dist.calibrate", config.out])
-
-
-def save_machine(machine: Machine, path: Path) -> None:
-    """Write the whole file, or leave the old one."""
-    assumed = "fields that `measured` does not name are assumed: nothing here has measured them"
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps({"note": assumed} | machine.to_dict(), indent=1) + "\n")
-    os.replace(partial, path)
-
-
-def load_machine(path: Path) -> Machine:
-    """What `save_machine` wrote. Raises ValueError for a file that is none of its."""
-    require(path.is_file(), f"machine ({path}) does not exist; write it with `mamba2-dist calibrate out={path}`")
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"machine ({path}) is not JSON: {error}") from None
-    require(isinstance(content, dict), f"machine ({path}) must hold an object, got {type(content).__name__}")
-    content.pop("note", None)
-    try:
-        return Machine.from_dict(content)
-    except ValueError as error:
-        raise ValueError(f"machine ({path}): {error}") from None
 
 
 def fit(sizes: Sequence[float], seconds: Sequence[float]) -> Link:

@@ -13,8 +13,9 @@ USAGE = """usage: mamba2-dist COMMAND ...
   train CONFIG.yaml [key=value ...]   train a model, or go on where the run stopped; `train --help` lists the keys
   sample RUN [key=value ...]          print text from a run's newest checkpoint
   plan CONFIG.yaml [--gpus 8,64]      model a step on more GPUs than there are; `plan --help` lists the keys
-  calibrate [out=FILE.json]           measure this machine's links for `plan machine=FILE.json`
-  doctor                              versions, devices, and a check that split models equal whole ones here
+  calibrate [out=FILE.json]           measure this machine's links for `machine=FILE.json` of plan and train
+  doctor [--ledger]                   versions, devices, and a check that split models equal whole ones here; what
+                                      those communicate
 """
 
 
@@ -100,9 +101,9 @@ def _gpus(arguments: list[str]) -> list[str]:
 def _doctor(arguments: list[str]) -> None:
     from mamba2_dist.doctor import doctor
 
-    if arguments:
-        _fail(f"doctor takes no arguments, got {' '.join(arguments)}")
-    raise SystemExit(0 if doctor() else 1)
+    if arguments not in ([], ["--ledger"]):
+        _fail(f"doctor takes --ledger or nothing, got {' '.join(arguments)}")
+    raise SystemExit(0 if doctor(ledger=bool(arguments)) else 1)
 
 
 def parse(kind: type, command: str, arguments: Sequence[str], *, with_file: bool = False):

@@ -192,8 +192,8 @@ class ParallelConfig:
     """Data parallel: replicas that read different sequences; None: whatever the processes leave."""
     sequence_parallel: bool = False
     """Keep the residual stream split over tp between layers; needs tp above 1."""
-    layout: Literal["contiguous", "zigzag"] = "contiguous"
-    """How a sequence is cut over cp; "zigzag" balances attention."""
+    layout: Literal["auto", "contiguous", "zigzag"] = "auto"
+    """How a sequence is cut over cp; "zigzag" balances attention; "auto" takes the cheaper by the cost model."""
     state_scan: Literal["auto", "all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory"] = "auto"
     """How states travel over cp: see docs/parallel.md; "auto" takes the cheapest by the cost model."""
     attention: Literal["auto", "all_gather", "ulysses"] = "auto"
@@ -204,7 +204,7 @@ class ParallelConfig:
 
     def __post_init__(self):
         check_positive_fields(self, "tp", "cp", "dp")
-        check_choice_field(self, "layout", "contiguous", "zigzag")
+        check_choice_field(self, "layout", "auto", "contiguous", "zigzag")
         check_choice_field(
             self, "state_scan", "auto", "all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory"
         )

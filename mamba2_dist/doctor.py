@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import platform
+import sys
+import textwrap
 import time
 
 import torch
@@ -13,6 +15,7 @@ from mamba2_dist.models.hybrid_model import HybridModel
 from mamba2_dist.modules.base import named_records
 from mamba2_dist.parallel.collectives import sum_over
 from mamba2_dist.parallel.groups import Group, ParallelGroups
+from mamba2_dist.parallel.ledger import record_collectives
 from mamba2_dist.parallel.segments import SegmentTable
 from mamba2_dist.train.runtime import process_group
 from mamba2_dist.train.whole import Slice, slices
@@ -31,8 +34,11 @@ BOUND = 1e-9
 SEQLEN, DOCUMENTS = 24, [[0, 5, 24], [0, 24]]
 
 
-def doctor() -> bool:
-    """Print versions and devices, then check splits over two CPU processes; whether all is well."""
+def doctor(*, ledger: bool = False) -> bool:
+    """Print versions and devices, then check splits over two CPU processes; whether all is well.
+
+    ledger: print what the first of them communicates, forward and backward, too.
+    """
     print(f"python {platform.python_version()}, torch {torch.__version__}")
     for name in PACKAGES:
         try:
@@ -46,12 +52,12 @@ def doctor() -> bool:
         print(f"no CUDA device; {torch.get_num_threads()} CPU threads")
     print("checking that split models equal the whole one (float64, two processes):", flush=True)
     started = time.perf_counter()
-    well = launch(2, ["-m", "mamba2_dist.doctor"]) == 0
+    well = launch(2, ["-m", "mamba2_dist.doctor", *["--ledger"] * ledger]) == 0
     print(f"{'all equal' if well else 'NOT EQUAL'} after {time.perf_counter() - started:.0f} s")
     return well
 
 
-def _check_splits() -> bool:
+def _check_splits(ledger: bool) -> bool:
     """On each process: compare losses and gradients for tp = 2 and for cp = 2 with the whole model's."""
     config = HybridConfig(
         pattern="M*-M",
@@ -71,8 +77,9 @@ def _check_splits() -> bool:
         groups = ParallelGroups(split.tp, split.cp, device_type="cpu")
         table = SegmentTable.zigzag(SEQLEN, groups.cp.size, documents=DOCUMENTS)
         model = HybridModel(config, groups, split, dtype=torch.float64)
-        losses = model(table.shard(tokens, groups.cp.rank), table.shard(labels, groups.cp.rank), table)
-        losses.sum().backward()
+        with record_collectives() as communicated:
+            losses = model(table.shard(tokens, groups.cp.rank), table.shard(labels, groups.cp.rank), table)
+            losses.sum().backward()
         errors = [_error(losses, table.shard(reference, groups.cp.rank))]
         for piece in _gradients(model, groups.data):
             box = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.tensor.shape, strict=True))
@@ -81,6 +88,8 @@ def _check_splits() -> bool:
         well &= all(error <= BOUND for error in errors)
         if dist.get_rank() == 0:
             print(f"  tp {split.tp} cp {split.cp}: largest relative error {max(errors):.1e}", flush=True)
+            if ledger:
+                print(textwrap.indent(str(communicated), "    "), flush=True)
     return well
 
 
@@ -100,4 +109,4 @@ def _error(result: torch.Tensor, reference: torch.Tensor) -> float:
 
 if __name__ == "__main__":
     with process_group("cpu"):
-        raise SystemExit(0 if _check_splits() else 1)
+        raise SystemExit(0 if _check_splits("--ledger" in sys.argv) else 1)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from mamba2_dist.calibrate import load_machine
 from mamba2_dist.config import check_positive_fields, require
 from mamba2_dist.parallel.cost_model import H200, SIMPLEST_FIRST, Machine, choose, nodes_of, possible
 from mamba2_dist.train.config import TrainConfig
+from mamba2_dist.train.machine import load_machine
 from mamba2_dist.train.step_model import Sizes, Step, choose_layout, model_step
 
 # what of a machine a plan says is assumed
@@ -25,8 +25,6 @@ class PlanConfig(TrainConfig):
     seqlen: int | None = None
     """Tokens of a sequence, whatever the GPUs; None: they grow with cp, so that every GPU keeps the tokens that
     data.seqlen and parallel.cp give it."""
-    machine: str | None = None
-    """What `mamba2-dist calibrate` wrote; None: H200 nodes."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,7 +46,7 @@ class PlanConfig(TrainConfig):
             seqlen >= cp,
             f"seqlen ({seqlen}) must be at least a token for each of {cp} cp ranks; raise it or lower gpus",
         )
-        parallel = replace(split, cp=cp, dp=split.dp or 1, layout="contiguous")
+        parallel = replace(split, cp=cp, dp=split.dp or 1)
         return replace(self, parallel=parallel, data=replace(self.data, seqlen=seqlen))
 
 
@@ -84,12 +82,12 @@ def rows_of(config: PlanConfig, gpus: int, machine: Machine) -> list[Row]:
     nodes = nodes_of(cp, grown.parallel.tp, machine)
     backends = [backend for backend in SIMPLEST_FIRST if possible(backend, nodes, machine)]
     if cp == 1 or "M" not in grown.architecture.pattern:
-        laid = choose_layout(grown, "all_gather", machine)
+        laid = choose_layout(grown, machine)
         step = model_step(laid, "all_gather", machine)
         return [Row(gpus, cp, nodes, "-", laid.parallel.layout, True, step)]
     rows = []
     for backend in backends:
-        laid = choose_layout(grown, backend, machine)
+        laid = choose_layout(grown, machine, backend)
         sizes = Sizes(laid, machine)
         chosen = choose(cp, nodes, sizes.segments, sizes.element_bytes[0], machine) == backend
         step = model_step(laid, backend, machine)

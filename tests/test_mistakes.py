@@ -168,7 +168,7 @@ COMMANDS = [
     ("plan good.yaml out=file", "file"),
     ("calibrate out=none", "out (none) must be a file that ends in .json"),
     ("calibrate faster", "argument 'faster' is not understood"),
-    ("doctor quickly", "doctor takes no arguments, got quickly"),
+    ("doctor quickly", "doctor takes --ledger or nothing, got quickly"),
 ]
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from mamba2_dist import calibrate as calibration
-from mamba2_dist.calibrate import fit, load_machine, save_machine
+from mamba2_dist.calibrate import fit
 from mamba2_dist.cli import main, parse
 from mamba2_dist.parallel.cost_model import H200, Link
 from mamba2_dist.plan import PlanConfig, rows_of
+from mamba2_dist.train.machine import load_machine, save_machine
 
 SMALL = ["preset=mamba2_130m", "data.seqlen=8192", "global_batch=2", "precision=bf16"]
 

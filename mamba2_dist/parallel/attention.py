@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from mamba2_dist.kernels.common.checks import check_choice, check_positive
 
 from .attention_mask import Sight, block_mask
+from .cost_model import SCORES_SHARE, gather_time
 from .gathered_again import all_gather_again
 from .groups import Group
 from .heads import to_heads, to_tokens
@@ -21,8 +22,6 @@ from .segments import SegmentTable
 AttentionMethod = Literal["auto", "all_gather", "ulysses"]
 
 GATHERED_BYTES = 2**30
-FLOPS_PER_BYTE = 2000
-"""What a GPU computes while it gets a byte from its neighbour: H100 and H200, 400 TFLOP/s and 200 GB/s."""
 
 
 def attention_over_segments(
@@ -109,23 +108,27 @@ def _route(method: AttentionMethod, q: Tensor, k: Tensor, table: SegmentTable, g
     if k.shape[2] % sharing.heads.size:
         return gathering
     # by nothing that ranks differ in: all must choose the same
-    costs = [_cost(route, q, k, table) for route in (sharing, gathering)]
+    costs = [_cost(route, q, k, table, group) for route in (sharing, gathering)]
     return sharing if costs[0] <= costs[1] else gathering
 
 
-def _cost(route: _Route, q: Tensor, k: Tensor, table: SegmentTable) -> float:
-    """Forward and backward in FLOPs: those of the busiest rank, and those it could do while it waits for bytes."""
+def _cost(route: _Route, q: Tensor, k: Tensor, table: SegmentTable, group: Group) -> float:
+    """Seconds of forward and backward by the cost model: products of the busiest rank, and what travels."""
     nheads, nheads_kv, head_dim = q.shape[2], k.shape[2], q.shape[3]
     pairs = table.local(0).kept("pairs", lambda: _pairs(table))
     busiest = max(pairs[list(ranks)].sum() for ranks in route.holders) / route.heads.size
-    tokens = max(table.local(rank).length for rank in range(table.ranks)) * table.batch
-    others, holders = route.heads.size - 1, route.keys.size - 1
-    # q, k, v and the result travel once each way, gathered keys and values thrice
-    shared = 2 * others / route.heads.size * (2 * nheads + 2 * nheads_kv)
-    gathered = 3 * holders * 2 * nheads_kv
-    sent = (shared + gathered) * tokens * head_dim * q.element_size()
+    machine = group.machine
     # two products forward, five backward, of two FLOPs for each channel
-    return 14 * busiest * nheads * head_dim + FLOPS_PER_BYTE * sent
+    products = 14 * busiest * nheads * head_dim / (SCORES_SHARE * machine.matmul_flops)
+    tokens = max(table.local(rank).length for rank in range(table.ranks)) * table.batch
+    head_bytes = tokens * head_dim * q.element_size()
+    trips, share = 0.0, (route.heads.size - 1) / route.heads.size
+    if route.heads.size > 1:
+        sent = (nheads + 2 * nheads_kv) * head_bytes * share, nheads * head_bytes * share
+        trips = 2 * sum(machine.all_to_all.time(size) for size in sent)
+    nodes = group.nodes if route.keys.size == group.size else route.keys.size
+    received = (route.keys.size - 1) * 2 * nheads_kv * head_bytes
+    return products + trips + 3 * gather_time(received, route.keys.size, nodes, machine)
 
 
 def _pairs(table: SegmentTable) -> np.ndarray:

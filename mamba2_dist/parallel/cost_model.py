@@ -26,6 +26,8 @@ from mamba2_dist.kernels.common.checks import check_choice, check_divisible, che
 BACKENDS = ("all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory", "serial_exact")
 SIMPLEST_FIRST = ("all_gather", "symmetric_memory", "sliced", "log_step", "ring", "hierarchical")
 NEARLY = 1.1  # as cheap
+SCORES_SHARE = 0.5
+"""Speed of attention's products as a share of that of others; assumed."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class ParallelGroups:
 
     tp, cp, pp: sizes; dp: size, or None for whatever the world leaves.
     node_size: processes of a node, which are neighbours; None: as torchrun says, or all.
-    machine: the links by which an exchange of states is chosen, as `mamba2-dist calibrate` measures them.
+    machine: the links by which it is chosen how states and heads travel, as `mamba2-dist calibrate` measures them.
     device_type: "cpu" or "cuda"; None: "cuda" where there is one and the processes do not speak gloo alone.
     Without `torch.distributed` every size must be 1. Raises ValueError for sizes that do not fill the world.
     """
@@ -96,7 +96,7 @@ class ParallelGroups:
             # along cp, all such groups of the world
             rows = torch.arange(world).view(pp, dp, cp, tp).movedim(2, 3).reshape(-1, cp)
             node_size = node_size or int(os.environ.get("LOCAL_WORLD_SIZE", world))
-            self.cp = _with_nodes(self.cp, rows, node_size)
+            self.cp = _with_nodes(replace(self.cp, machine=machine), rows, node_size)
             self.states = _with_nodes(replace(Group.of("states", _along(rows)), machine=machine), rows, node_size)
         joined = init_device_mesh(device_type, (pp, dp * cp, tp), mesh_dim_names=("pp", "data", "tp"))
         self.data_mesh = joined["data"]

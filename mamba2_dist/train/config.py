@@ -105,6 +105,8 @@ class TrainConfig:
     ("conv"), or all between their projections ("inner", the least memory)."""
     compile: bool = False
     """Run the activations of MLPs and the loss through torch.compile; Mamba-2 layers have kernels of their own."""
+    machine: str | None = None
+    """What `mamba2-dist calibrate` wrote, by which "auto" chooses how states and heads travel; None: nodes of H200s."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto": cuda where every process has a GPU of its own, else cpu."""
     seed: int = 0
@@ -151,7 +153,7 @@ class TrainConfig:
             self.schedule.warmup_steps < self.steps,
             f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be below steps ({self.steps})",
         )
-        segments = self.parallel.cp * (2 if self.parallel.layout == "zigzag" else 1)
+        segments = self.parallel.cp * (2 if self.parallel.layout == "zigzag" else 1)  # "auto" takes what fits
         require(
             self.data.seqlen >= segments,
             f"data.seqlen ({self.data.seqlen}) must be at least the number of segments it is cut into ({segments})",

@@ -9,9 +9,12 @@ from dataclasses import dataclass, replace
 
 from mamba2_dist.config import HybridConfig
 from mamba2_dist.models.hybrid_model import HybridModel
+from mamba2_dist.parallel.attention import GATHERED_BYTES
 from mamba2_dist.parallel.cost_model import (
+    SCORES_SHARE,
     Machine,
     all_reduce_time,
+    choose,
     exchange_time,
     gather_time,
     nodes_of,
@@ -43,9 +46,6 @@ ACTIVATION_KEPT = {
 
 LOSS_PASSES = {True: 6, False: 30}
 """Times that the loss reads or writes the logits, compiled or not."""
-
-SCORES_SHARE = 0.5
-"""Speed of attention's products as a share of that of others; assumed."""
 
 BF16, FP32 = 2, 4
 
@@ -134,6 +134,11 @@ class Sizes:
         return 2 * max(nheads_kv / self.split.tp, 1) * self.model.attention.head_dim
 
     @property
+    def queries(self) -> float:
+        """Channels of queries of one rank."""
+        return self.model.attention.heads(self.model.d_model)[0] * self.model.attention.head_dim / self.split.tp
+
+    @property
     def element_bytes(self) -> tuple[float, float]:
         """Of a segment's state and of its decay, float32."""
         state = FP32 * self.batch * self.d_inner * self.model.mamba.d_state
@@ -172,29 +177,39 @@ def model_step(config: TrainConfig, backend: str, machine: Machine) -> Step:
     sizes = Sizes(config, machine)
     compute, scores = _compute(sizes), _scores(sizes)
     exchange, states = _states(sizes, backend)
-    cp = sizes.split.cp
+    keys, imbalance = _keys(sizes, scores)
     exposed = {
         "states": states,
         "halo": _halo(sizes),
-        "keys": _keys(sizes),
-        # the last of contiguous ranks sees nearly all keys, twice the mean; all wait for it
-        "imbalance": scores * (cp - 1) / cp if sizes.split.layout == "contiguous" else 0.0,
+        "keys": keys,
+        "imbalance": imbalance,
         "tensor": _tensor(sizes),
         "parameters": _parameters(sizes, compute + scores),
     }
     return Step(sizes.tokens, compute + scores, exchange, exposed, _memory(sizes, backend))
 
 
-def choose_layout(config: TrainConfig, backend: str, machine: Machine) -> TrainConfig:
-    """`config` with the cheaper layout: contiguous without attention; with it zigzag balances the work and doubles
-    the states."""
-    contiguous = replace(config, parallel=replace(config.parallel, layout="contiguous"))
-    if "*" not in config.architecture.pattern or "M" not in config.architecture.pattern or config.parallel.cp == 1:
+def choose_layout(config: TrainConfig, machine: Machine, backend: str | None = None) -> TrainConfig:
+    """`config` with the cheaper layout where it is "auto": contiguous without attention; with it zigzag balances the
+    work and doubles the states. backend: how states travel, None: as is cheapest."""
+    split = config.parallel
+    if split.layout != "auto":
+        return config
+    contiguous, zigzag = (replace(config, parallel=replace(split, layout=name)) for name in ("contiguous", "zigzag"))
+    pieces = 2 * split.cp * (split.tp if split.sequence_parallel else 1)
+    fits = config.data.seqlen % pieces == 0 if split.sequence_parallel else config.data.seqlen >= pieces
+    if "*" not in config.architecture.pattern or split.cp == 1 or not fits:
         return contiguous
-    if config.data.seqlen < 2 * config.parallel.cp:
-        return contiguous
-    zigzag = replace(config, parallel=replace(config.parallel, layout="zigzag"))
-    return min(contiguous, zigzag, key=lambda option: model_step(option, backend, machine).seconds)
+    if split.cp * split.tp > machine.node_size and split.cp * split.tp % machine.node_size:
+        return zigzag  # nodes that are filled in part have no cost model
+
+    def seconds(option: TrainConfig) -> float:
+        sizes = Sizes(option, machine)
+        among = ("all_gather", "sliced", "log_step", "hierarchical")
+        best = choose(split.cp, sizes.cp_nodes, sizes.segments, sizes.element_bytes[0], machine, among=among)
+        return model_step(option, backend or best, machine).seconds
+
+    return min(contiguous, zigzag, key=seconds)
 
 
 def _compute(sizes: Sizes) -> float:
@@ -244,11 +259,32 @@ def _halo(sizes: Sizes) -> float:
     return sizes.count("M") * 2 * link.time(size)
 
 
-def _keys(sizes: Sizes) -> float:
-    """Keys and values of all ranks, gathered forward, their gradients scattered backward."""
-    cp = sizes.split.cp
-    received = (cp - 1) * sizes.tokens * sizes.kv * BF16
-    return sizes.count("*") * 2 * gather_time(received, cp, sizes.cp_nodes, sizes.machine)
+def _keys(sizes: Sizes, scores: float) -> tuple[float, float]:
+    """Seconds that attention's keys or heads travel, and that the busiest rank computes beyond the mean.
+
+    Keys and values of all ranks are gathered in both passes and their gradients scattered; or ranks of a node share
+    heads, of keys of other nodes too: whichever is cheaper, or the one that is asked for.
+    """
+    cp, nodes, machine = sizes.split.cp, sizes.cp_nodes, sizes.machine
+    if cp == 1 or not sizes.count("*"):
+        return 0.0, 0.0
+    kv_bytes = sizes.tokens * sizes.kv * BF16
+    in_node = cp // nodes
+
+    def imbalance(ranks: int) -> float:
+        # the last of contiguous ranks sees nearly all keys, twice the mean; all wait for it
+        return scores * (ranks - 1) / ranks if sizes.split.layout == "contiguous" else 0.0
+
+    gathers = 3 * gather_time((cp - 1) * kv_bytes, cp, nodes, machine)
+    gathered = sizes.count("*") * gathers, imbalance(cp)
+    if sizes.kv / 2 / sizes.model.attention.head_dim % in_node or sizes.split.attention == "all_gather":
+        return gathered
+    queries = sizes.tokens * sizes.queries * BF16
+    share = (in_node - 1) / in_node
+    trips = 2 * (machine.all_to_all.time((queries + kv_bytes) * share) + machine.all_to_all.time(queries * share))
+    gathers = 3 * gather_time((nodes - 1) * kv_bytes, nodes, nodes, machine)
+    shared = sizes.count("*") * (trips * (in_node > 1) + gathers), imbalance(nodes)
+    return shared if sizes.split.attention == "ulysses" else min(shared, gathered, key=sum)
 
 
 def _tensor(sizes: Sizes) -> float:
@@ -321,16 +357,19 @@ def _kept(sizes: Sizes, letter: str) -> float:
         channels += 0 if sizes.config.recompute == "inner" else 2 * d_inner
         return tokens * (stream + BF16 * channels)
     if letter == "*":
-        nheads = model.attention.heads(d)[0]
-        queries = nheads * model.attention.head_dim / tp
-        return tokens * (stream + BF16 * (2 * queries + sizes.kv * (1 if sizes.split.cp == 1 else sizes.split.cp)))
+        return tokens * (stream + BF16 * (2 * sizes.queries + sizes.kv))
     inner = ACTIVATION_KEPT[model.mlp.activation, sizes.config.compile] * model.mlp.width(d) / tp
     return tokens * (stream + BF16 * inner)
 
 
 def _gathered(sizes: Sizes, backend: str) -> float:
-    """States kept a layer, and what one exchange holds at a time."""
-    if sizes.split.cp == 1 or not sizes.count("M"):
+    """States kept a layer, and what one exchange holds at a time; keys and values gathered at once."""
+    if sizes.split.cp == 1:
         return 0.0
+    keys = 0.0
+    if sizes.count("*"):
+        keys = 3 * min(GATHERED_BYTES, sizes.split.cp * sizes.tokens * sizes.kv * BF16)
+    if not sizes.count("M"):
+        return keys
     state = sizes.segments * sizes.element_bytes[0]
-    return state * (sizes.count("M") + (sizes.split.cp if backend == "all_gather" else 3))
+    return keys + state * (sizes.count("M") + (sizes.split.cp if backend == "all_gather" else 3))

@@ -22,16 +22,20 @@ from mamba2_dist.kernels.common.transfer import to_device
 from mamba2_dist.models.hybrid_model import HybridModel, check_split
 from mamba2_dist.modules.linear import cast_once
 from mamba2_dist.parallel.collectives import sum_over
+from mamba2_dist.parallel.cost_model import H200
 from mamba2_dist.parallel.groups import ParallelGroups
 from mamba2_dist.parallel.segments import SegmentTable
+from mamba2_dist.parallel.state_scan import chosen
 
 from . import data
 from .checkpoint import Checkpoints, Progress, check_identity, newest
 from .config import TrainConfig
+from .machine import load_machine
 from .metrics import attention_flops, flops_per_token, peak_flops
 from .optimizer import clip_gradients, gradient_norm, learning_rate, make_optimizer
 from .report import Report
 from .runtime import exclusive, process_group, use_gpus
+from .step_model import choose_layout
 
 
 def train(config: TrainConfig) -> Path:
@@ -54,6 +58,8 @@ def check(config: TrainConfig) -> None:
     config.share(parallel.dp or 1)
     use_gpus(config.device, parallel.processes)
     check_split(model, parallel.tp)
+    if config.machine is not None:
+        load_machine(Path(config.machine))
     folder = data.prepare(config.data, model.vocab_size)
     identity = _identity(config, data.load(folder, config.data.seqlen))
     checkpoint = newest(Path(config.out) / "checkpoints")
@@ -83,8 +89,12 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, folder: Path, device: torch.device):
         parallel = config.parallel
-        self.groups = ParallelGroups(parallel.tp, parallel.cp, 1, parallel.dp, device_type=device.type)
-        self.config, self.folder, self.device = config.on(self.groups.dp.size), folder, device
+        machine = H200 if config.machine is None else load_machine(Path(config.machine))
+        self.groups = ParallelGroups(
+            parallel.tp, parallel.cp, 1, parallel.dp, device_type=device.type, machine=machine
+        )  # fmt: skip
+        self.config = choose_layout(config.on(self.groups.dp.size), machine)
+        parallel, self.folder, self.device = self.config.parallel, folder, device
         self.first = dist.get_rank() == 0
         self.share, self.micro = self.config.share(self.groups.dp.size)
         self.corpus_folder = self._prepare_data()
@@ -145,11 +155,21 @@ class Trainer:
         parallel, train = self.config.parallel, self.corpus.train
         return [
             f"model {self.config.architecture.pattern}, {self.parameters / 1e6:.2f}M parameters on this rank",
-            f"split tp {parallel.tp} cp {parallel.cp} ({parallel.layout}) dp {parallel.dp} on {self.device.type}, "
+            f"split tp {parallel.tp} cp {parallel.cp} ({self._travel()}) dp {parallel.dp} on {self.device.type}, "
             f"{self.config.precision}, recompute {self.config.recompute}{', compiled' * self.config.compile}",
             f"data {self.config.data.source}: {len(train.tokens):,} tokens in {len(train.ends):,} documents, "
             f"{train.windows:,} windows of {train.seqlen}",
         ]
+
+    def _travel(self) -> str:
+        """The layout, and what "auto" stands for."""
+        parallel, model = self.config.parallel, self.config.architecture
+        if parallel.cp == 1 or "M" not in model.pattern or parallel.state_scan != "auto":
+            return parallel.layout
+        nheads = model.mamba.nheads(model.d_model) // parallel.tp
+        state_bytes = 4 * self.micro * nheads * model.mamba.headdim * model.mamba.d_state
+        backend = chosen(self.groups.states, 2 if parallel.layout == "zigzag" else 1, state_bytes)
+        return f"{parallel.layout}, states by {backend}"
 
     def _prepare_data(self) -> Path:
         """The folder of tokens, written by the first process and read by all."""

@@ -197,34 +197,21 @@ def test_what_ulysses_sends_between_nodes():
     run_ranks(4, _sent, 2, "ulysses", 1, (forward, (calls, shared + 2 * kv)))
 
 
-def _chosen(layout, seqlen, heads, expected):
-    table, group = getattr(SegmentTable, layout)(seqlen, 4), _group(4, 1)
-    q, k, v = (torch.zeros(1, table.local(group.rank).length, n, HEAD_DIM) for n in (heads[0], *[heads[1]] * 2))
-    with record_collectives() as ledger:
-        attention_over_segments(q, k, v, table, group)
-    assert {name for name, _ in ledger.calls} == {expected}
-
-
 @pytest.mark.parametrize(
-    ("layout", "heads", "expected"),
+    ("layout", "seqlen", "heads", "shares"),
     [
-        ("zigzag", (4, 4), "all_to_all"),  # a quarter of the heads is less than three quarters of the keys
-        ("zigzag", (64, 4), "all_gather"),  # queries would be most of it
-        ("zigzag", (4, 2), "all_gather"),  # which four ranks cannot share
-        ("contiguous", (2, 2), "all_gather"),
+        ("zigzag", 2**15, (4, 4), True),  # a quarter of the heads is less than three quarters of the keys
+        ("zigzag", 2**9, (4, 4), False),  # fewer launches
+        ("zigzag", 2**17, (64, 4), False),  # queries would be most of it
+        ("contiguous", 2**17, (64, 4), True),  # long rows, whose last rank would have most to do
+        ("zigzag", 2**15, (4, 2), False),  # which four ranks cannot share
     ],
 )
-def test_what_auto_chooses(layout, heads, expected):
-    run_ranks(4, _chosen, layout, 512, heads, expected)
-
-
-def test_auto_balances_long_rows():
-    run_ranks(4, _chosen, "contiguous", 512, (64, 4), "all_gather")
-    table = SegmentTable.contiguous(2**17, 4)
-    group = Group("cp", (0, 1, 2, 3))
-    q, k = (torch.empty(1, 2**15, heads, 128, device="meta", dtype=torch.bfloat16) for heads in (64, 4))
-    assert _route("auto", q, k, table, group).heads is group
-    assert _route("auto", q, k, SegmentTable.zigzag(2**17, 4), group).keys is group
+def test_what_auto_chooses(layout, seqlen, heads, shares):
+    table, group = getattr(SegmentTable, layout)(seqlen, 4), Group("cp", (0, 1, 2, 3))
+    q, k = (torch.empty(1, seqlen // 4, n, 128, device="meta", dtype=torch.bfloat16) for n in heads)
+    route = _route("auto", q, k, table, group)
+    assert (route.heads if shares else route.keys) is group
 
 
 def test_heads_that_ulysses_cannot_share_are_refused():

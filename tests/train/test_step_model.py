@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def _config(**changes) -> TrainConfig:
-    split = {name: changes.pop(name) for name in ("tp", "cp", "dp", "layout", "sharding") if name in changes}
+    split = {
+        name: changes.pop(name) for name in ("tp", "cp", "dp", "layout", "sharding", "attention") if name in changes
+    }
     settled = {
         "preset": "mamba2_2_7b", "data": DataConfig(seqlen=changes.pop("seqlen", 65536)), "global_batch": 1,
         "compile": True, "parallel": ParallelConfig(**split),
@@ -112,17 +114,19 @@ HYBRID = HybridConfig(
 
 
 def test_layout():
-    pure = _config(cp=64, layout="zigzag", seqlen=64 * 65536)
-    assert choose_layout(pure, "all_gather", H200).parallel.layout == "contiguous"
+    pure = _config(cp=64, seqlen=64 * 65536)
+    assert choose_layout(pure, H200, "all_gather").parallel.layout == "contiguous"
+    asked = _config(cp=64, layout="zigzag", seqlen=64 * 65536)
+    assert choose_layout(asked, H200).parallel.layout == "zigzag"
     # long sequences: the last rank's attention; short shards of many ranks: the second state of each
     hybrid = _config(preset=None, model=HYBRID, cp=64, seqlen=64 * 8192)
-    assert choose_layout(hybrid, "hierarchical", H200).parallel.layout == "zigzag"
-    short = _config(preset=None, model=HYBRID, cp=64, seqlen=64 * 64)
-    assert choose_layout(short, "all_gather", H200).parallel.layout == "contiguous"
+    assert choose_layout(hybrid, H200, "hierarchical").parallel.layout == "zigzag"
+    short = _config(preset=None, model=HYBRID, cp=64, seqlen=64 * 16)
+    assert choose_layout(short, H200, "all_gather").parallel.layout == "contiguous"
 
 
 def test_imbalance_is_the_last_ranks_attention():
-    config = _config(preset=None, model=HYBRID, cp=4, seqlen=4096)
+    config = _config(preset=None, model=HYBRID, cp=4, seqlen=4096, layout="contiguous", attention="all_gather")
     table = model_step(config, "sliced", H200)
     # query t sees t + 1 keys
     pairs = torch.arange(1, 4097).view(4, -1).sum(1)
