@@ -34,9 +34,9 @@ class Carry:
         if table.carried.any():
             rows = self.local.tensor("carried", ssm.device)[:, None, None, None]
             self.initial_states = torch.where(rows, ssm, 0.0)
-        # the slot that states enter and the slot that they leave, where they are this rank's
+        # the slot that states enter and the slot that they leave, where those are this rank's
         self.opening, self.closing = (
-            segment.slot if segment.rank == group.rank else None for segment in (table.opening, table.closing)
+            segment.slot if segment.rank == group.rank else None for segment in (table.segments[0], table.closing)
         )
         self._left: Callable[[], Tensor] | None = None
 

@@ -129,11 +129,6 @@ class SegmentTable:
         return [np.unique(offsets[1:] if carried else offsets) for offsets, carried in rows]
 
     @cached_property
-    def opening(self) -> Segment:
-        """The first segment that has tokens, or the first."""
-        return next((segment for segment in self.segments if segment.start < segment.end), self.segments[0])
-
-    @cached_property
     def closing(self) -> Segment:
         """The last segment that has tokens, or the last."""
         return next((segment for segment in self.segments[::-1] if segment.start < segment.end), self.segments[-1])
