@@ -99,27 +99,28 @@ class SSDOverSegments:
         self.tensors = self.opened = None
         assert tensors is not None, "outputs are asked for once"
         if opened is None:
-            return self._whole(*tensors, last=True)
+            y, final = self._whole(*tensors)
+            if self.carry is not None:
+                self.carry.leave_states(final)
+            return y
         return _Enter.apply(self, opened, *tensors)
 
     def again(self, x: Tensor, B: Tensor, C: Tensor) -> Tensor:
         """The same y of the same x, B and C, without communicating."""
         dt, A, D, dt_bias = self.parameters
         if self.alone:
-            return self._whole(x, dt, A, B, C, D, dt_bias)
+            return self._whole(x, dt, A, B, C, D, dt_bias)[0]
         return self.span(x, dt, A, B, C, D, dt_bias).outputs(self.entering)[0].view(self.shape)
 
-    def _whole(self, x, dt, A, B, C, D, dt_bias, *, last: bool = False) -> Tensor:
+    def _whole(self, x, dt, A, B, C, D, dt_bias) -> tuple[Tensor, Tensor | None]:
         x, dt, B, C = _packed(x, dt, B, C)
         call = functools.partial(
             mamba_chunk_scan_combined, x, dt, A, B, C, self.chunk_size, D=D, dt_bias=dt_bias, **self.options
         )
         if self.carry is None:
-            return call(cu_seqlens=self.local.documents).view(self.shape)
+            return call(cu_seqlens=self.local.documents).view(self.shape), None
         y, final = call(initial_states=self.carry.initial_states, cu_seqlens=self.local.rows, return_final_states=True)
-        if last:
-            self.carry.leave_states(final)
-        return y.view(self.shape)
+        return y.view(self.shape), final
 
     def span(self, x, dt, A, B, C, D, dt_bias) -> SSDSpan:
         """This rank's tokens: states enter the first piece of each segment of each row, and leave the last."""

@@ -119,9 +119,9 @@ def test_sequence_parallel():
     run_ranks(4, _model, 2, 2, ["zigzag"], "none", True)
 
 
-def _fuzzed(ranks, documents, cuts, segments):
+def _fuzzed(ranks, documents, cuts, segments, scan):
     groups, config = groups_of(1, ranks), Mamba2Config(d_state=3, headdim=4, chunk_size=3, dt_init_range=(0.1, 1.0))
-    mixer = Mamba2Mixer(config, 8, groups, dtype=torch.float64)
+    mixer = Mamba2Mixer(config, 8, groups, state_scan=scan, dtype=torch.float64)
     whole = Mamba2Mixer(config, 8, ParallelGroups.alone(), dtype=torch.float64)
     u = torch.randn(len(documents), cuts[-1], 8, dtype=torch.float64)
     weight = torch.randn_like(u)
@@ -154,7 +154,8 @@ def test_fuzzed_documents_batches_and_cuts(rows, cuts, data):
     documents = [[0, *(min(end, 18) for end in itertools.accumulate(row)), 18] for row in rows]
     edges = [0, *sorted(cuts), 18]
     segments = [_draw_segments(data, end - start, 3) for start, end in itertools.pairwise(edges)]
-    run_ranks(3, _fuzzed, 3, documents, edges, segments)
+    scan = data.draw(st.sampled_from(["all_gather", "sliced", "hierarchical", "log_step", "ring"]))
+    run_ranks(3, _fuzzed, 3, documents, edges, segments, scan)
 
 
 def _triton(ranks, layout):

@@ -178,7 +178,9 @@ def test_layouts_carry_the_same(tmp_path, carried, layout):
     _assert_same(_carry(tmp_path, tp=2, cp=2, parallel=split), carried)
 
 
-@pytest.mark.parametrize("options", [{}, {"cp": 3}, {"tp": 2, "dp": 2, "micro_batch": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"cp": 3}, {"tp": 2, "dp": 2, "micro_batch": 1}, {"cp": 2, "precision": "bf16"}], ids=str
+)
 def test_resuming_what_is_carried_changes_no_digit(tmp_path, options):
     whole = _carry(tmp_path, **options)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000005")
