@@ -7,6 +7,7 @@ leaves it, and broadcasts that.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +18,15 @@ from mamba2_dist.kernels.common.transfer import to_device
 from .collectives import broadcast_over
 from .groups import Group
 from .segments import SegmentTable
+
+
+@dataclass(frozen=True)
+class _LastInputs:
+    """Where the last d_conv - 1 inputs of each row are; worked out on the host."""
+
+    tokens: Tensor  # those among the rank's tokens
+    before: Tensor  # those among what precedes its pieces, piece * (d_conv - 1) + place
+    order: Tensor  # (batch * (d_conv - 1),) where each stands among both
 
 
 class Carry:
@@ -47,22 +57,20 @@ class Carry:
         if self.closing is None:
             return
         reach, channels = self.conv.shape[1:]
-        inside, before, order = self.local.kept(("carry", reach, x.device), lambda: self._last_inputs(x.device))
-        rows = x.flatten(0, 1).index_select(0, inside)
-        others = rows.new_zeros(len(before), channels) if halo is None else halo.flatten(0, 1)[before]
-        self.last_inputs = torch.cat([rows, others]).index_select(0, order)
+        last = self.local.kept(("carry", reach, x.device), lambda: self._find_last_inputs(reach, x.device))
+        rows = x.flatten(0, 1).index_select(0, last.tokens)
+        # nothing precedes any piece where there is no halo
+        others = rows.new_zeros(len(last.before), channels) if halo is None else halo.flatten(0, 1)[last.before]
+        self.last_inputs = torch.cat([rows, others]).index_select(0, last.order)
 
-    def _last_inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Which of the rank's tokens, and which rows of the halo, are the last inputs; and the order of both in
-        (batch, d_conv - 1)."""
-        reach = self.conv.shape[1]
+    def _find_last_inputs(self, reach: int, device: torch.device) -> _LastInputs:
         last, offsets = self.local.last[self.closing], np.asarray(self.local.documents.offsets)
         start, end = offsets[last, None], offsets[last + 1, None]
         token = end + np.arange(-reach, 0)
         inside = token >= start
         before = last[:, None] * reach + token - start + reach
         order = np.argsort(np.concatenate([np.flatnonzero(inside), np.flatnonzero(~inside)]))
-        return to_device(token[inside], device), to_device(before[~inside], device), to_device(order, device)
+        return _LastInputs(*(to_device(found, device) for found in (token[inside], before[~inside], order)))
 
     def through_opening(self, state: Tensor, decay: Tensor) -> Tensor:
         """What the segments leave, (segments x batch, nheads/tp, headdim, d_state), given what enters the first; decay:
