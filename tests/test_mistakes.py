@@ -112,6 +112,8 @@ COMMANDS = [
     ("train good.yaml parallel.cp=64", "data.seqlen (32) must be at least the number of segments"),
     ("train good.yaml parallel.dp=3", "global_batch (4) must be divisible by dp (3)"),
     ("train good.yaml micro_batch=3", "global_batch / dp (4) must be divisible by micro_batch (3)"),
+    ("train good.yaml data.carry=states", "carry"),
+    ("train good.yaml data.carry=documents model.pattern=-", "data.carry (documents) is for Mamba-2 layers"),
     ("train good.yaml recompute=conv model.pattern=-", "recompute (conv) is for Mamba-2 layers"),
     ("train good.yaml schedule.warmup_steps=4", "schedule.warmup_steps (4) must be below steps (4)"),
     ("train good.yaml schedule.decay_fraction=0", "decay_fraction must lie in (0, 1], got 0"),

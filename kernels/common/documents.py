@@ -82,7 +82,12 @@ class Documents:
         starts[:, 1:] = index[:, 1:] != index[:, :-1]
         documents = cls([*starts.flatten().nonzero().flatten().tolist(), batch * seqlen])
         last = (starts.sum(1).cumsum(0) - 1).tolist()
-        documents.row_edges = first, last = [0, *(document + 1 for document in last[:-1])], last
+        return documents.in_rows([0, *(document + 1 for document in last[:-1])], last)
+
+    def in_rows(self, first: list[int], last: list[int]) -> "Documents":
+        """The same documents in rows, each from its first to its last: states enter the first and leave the last."""
+        documents = Documents(self.offsets)
+        documents.row_edges = first, last
         with torch.inference_mode(False):
             documents.edges_on_host = torch.tensor(first, device="cpu"), torch.tensor(last, device="cpu")
         return documents

@@ -11,11 +11,16 @@ from mamba2_dist.kernels.common.checks import check_ndim
 from mamba2_dist.modules.base import initialize
 from mamba2_dist.modules.block import Block, hybrid_layers
 from mamba2_dist.modules.embedding import VocabParallelEmbedding, VocabParallelHead, vocab_parallel_logits
+from mamba2_dist.modules.mixer import Mamba2Cache, Mamba2Mixer
 from mamba2_dist.modules.norm import RMSNorm
 from mamba2_dist.modules.recompute import Recompute, check_recompute
 from mamba2_dist.parallel.cross_entropy import IGNORED, vocab_parallel_cross_entropy
 from mamba2_dist.parallel.groups import Group, ParallelGroups
+from mamba2_dist.parallel.partition import Partition
 from mamba2_dist.parallel.segments import SegmentTable
+
+Memory = list[Mamba2Cache | None]
+"""By layer, what rows carry from batch to batch."""
 
 
 def check_split(config: HybridConfig, tp: int) -> None:
@@ -59,11 +64,12 @@ class Backbone(nn.Module):
         """The layers with their type."""
         return cast("Iterator[Block]", iter(self.layers))
 
-    def forward(self, tokens: Tensor, segments: SegmentTable) -> Tensor:
+    def forward(self, tokens: Tensor, segments: SegmentTable, memory: Memory | None = None) -> Tensor:
         """(batch, seqlen/cp) -> (batch, seqlen/cp, d_model)."""
         x, update = self.embedding(tokens), None
-        for layer in self.blocks():
-            x, update = layer(x, update, segments)
+        remembered = memory or [None] * len(self.layers)
+        for layer, state in zip(self.blocks(), remembered, strict=True):
+            x, update = layer(x, update, segments, state)
         return self.norm_f(x, update)[0]
 
 
@@ -107,21 +113,40 @@ class HybridModel(nn.Module):
         if torch.device(device or "cpu").type != "meta":
             initialize(self, seed)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, segments: SegmentTable | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        segments: SegmentTable | None = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
         """Logits, (batch, seqlen/cp, vocab_size/tp), or with `labels` the loss of each token, (batch, seqlen/cp).
 
         tokens: (batch, seqlen/cp); labels: the same, each token's successor, -100 where none is asked for.
         segments: how the sequence is cut over cp; None: rows of one document each, cp must be 1.
+        memory: from `new_memory`; Mamba-2 layers' states at the end of the batch before, which enter the rows that
+            segments say are carried. Brought up to date, without gradient. Attention sees the batch's tokens only.
         """
         if segments is None:
             if self.groups.cp.size > 1:
                 raise ValueError(f"segments must be given when cp ({self.groups.cp.size}) is above 1")
             segments = SegmentTable.contiguous(tokens.shape[1], 1, batch=tokens.shape[0])
         self._check(tokens, labels, segments)
-        logits = self._logits(self.backbone(tokens, segments))
+        logits = self._logits(self.backbone(tokens, segments, memory))
         if labels is None:
             return logits
         return vocab_parallel_cross_entropy(logits, labels, self.groups.tp, compiled=self.compiled)
+
+    def new_memory(self, batch: int) -> Memory:
+        """What every layer carries to the next batch, before the first."""
+        return [layer.new_memory(batch) for layer in self.backbone.blocks()]
+
+    def named_memory(self, memory: Memory) -> Iterator[tuple[str, Partition, Tensor]]:
+        """(name, who owns what, tensor) of everything in a memory; axis 0 is the batch."""
+        for index, (layer, state) in enumerate(zip(self.backbone.blocks(), memory, strict=True)):
+            if isinstance(layer.mixer, Mamba2Mixer):
+                for name, partition in layer.mixer.cache_partitions().items():
+                    yield f"backbone.layers.{index}.mixer.{name}", partition, getattr(state, name)
 
     def new_cache(self, batch: int) -> list:
         """Every layer's memory before the first token."""

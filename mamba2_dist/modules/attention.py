@@ -60,7 +60,10 @@ class Attention(PartitionedModule):
         )  # fmt: skip
 
     def forward(self, u: Tensor, segments: SegmentTable) -> Tensor:
-        """(batch, seqlen/cp, d_model) -> the same; with sequence_parallel (batch, seqlen/cp/tp, d_model)."""
+        """(batch, seqlen/cp, d_model) -> the same; with sequence_parallel (batch, seqlen/cp/tp, d_model).
+
+        Carried rows see the tokens of this batch only; positions count from its start, as only differences matter.
+        """
         positions = segments.local(self.cp.rank).tensor("positions", u.device)
         q, k, v = self._project(u, positions)
         y = attention_over_segments(q, k, v, segments, self.cp, method=self.method)

@@ -12,7 +12,7 @@ from mamba2_dist.parallel.segments import SegmentTable
 from mamba2_dist.parallel.state_scan import StateScan
 
 from .attention import Attention
-from .mixer import Mamba2Mixer
+from .mixer import Mamba2Cache, Mamba2Mixer
 from .mlp import MLP
 from .norm import RMSNorm
 from .recompute import Recompute
@@ -27,10 +27,16 @@ class Block(nn.Module):
         super().__init__()
         self.norm, self.mixer = norm, mixer
 
-    def forward(self, x: Tensor, update: Tensor | None, segments: SegmentTable) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, update: Tensor | None, segments: SegmentTable, memory: Mamba2Cache | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x and what is to be added to it, (batch, seqlen/cp, d_model) each -> their sum and its own update."""
         normed, x = self.norm(x, update)
-        return x, self.mixer(normed, segments)
+        return x, self.mixer(normed, segments) if memory is None else self.mixer(normed, segments, memory)
+
+    def new_memory(self, batch: int) -> Mamba2Cache | None:
+        """What rows carry to the next batch, before the first; None: a mixer without state carries nothing."""
+        return self.mixer.new_cache(batch) if isinstance(self.mixer, Mamba2Mixer) else None
 
     def step(self, x: Tensor, cache: Any) -> Tensor:
         """One token, (batch, 1, d_model) -> the same; `cache` is the mixer's."""

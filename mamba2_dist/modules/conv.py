@@ -6,6 +6,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from mamba2_dist.kernels.conv1d import causal_conv1d
+from mamba2_dist.parallel.carry import Carry
 from mamba2_dist.parallel.collectives import replicate_rows
 from mamba2_dist.parallel.groups import Group
 from mamba2_dist.parallel.partition import Partition
@@ -37,12 +38,14 @@ class CausalConv1d(PartitionedModule):
         weight, bias = (replicate_rows(p, rows, self.shared_by) for p in (self.weight, self.bias))
         return weight.squeeze(1), bias
 
-    def forward(self, x: Tensor, table: SegmentTable) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
+    def forward(
+        self, x: Tensor, table: SegmentTable, carry: Carry | None = None
+    ) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
         """(batch, seqlen/cp, at least channels) -> the parts of its first channels and the other channels as they are;
         and what gives all of that again without communicating."""
         weight, bias = self._parameters_to_use()
         sizes = [part.length for part in self.records["weight"].partition.parts]
-        return conv1d_over_segments(x, weight, bias, sizes, table, self.cp, activation="silu")
+        return conv1d_over_segments(x, weight, bias, sizes, table, self.cp, activation="silu", carry=carry)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token, (batch, 1, channels), after the inputs in `state`, (batch, width - 1, channels)."""

@@ -1,15 +1,17 @@
 """The Mamba-2 mixer: in_proj, conv1d, SSD, gated norm, out_proj (arXiv 2405.21060, section 7)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from mamba2_dist.config import Mamba2Config
+from mamba2_dist.kernels.common.checks import check_shape
 from mamba2_dist.kernels.ssd import discretize, mamba_chunk_scan_combined, ssd_matrix
+from mamba2_dist.parallel.carry import Carry
 from mamba2_dist.parallel.groups import ParallelGroups
-from mamba2_dist.parallel.partition import mamba2_partition
+from mamba2_dist.parallel.partition import Partition, mamba2_partition
 from mamba2_dist.parallel.segments import SegmentTable
 from mamba2_dist.parallel.ssd import SSDOverSegments
 from mamba2_dist.parallel.state_scan import StateScan
@@ -19,7 +21,7 @@ from .base import PartitionedModule, initialize
 from .conv import CausalConv1d
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .norm import GatedRMSNorm
-from .recompute import Forgetful, Recompute, check_recompute
+from .recompute import Forgetful, Recompute, check_recompute, check_runs_once
 
 
 def _whole_rows(x: Tensor) -> SegmentTable:
@@ -39,7 +41,8 @@ class Mamba2Mixer(PartitionedModule):
     """One Mamba-2 layer, heads split over `groups.tp` and the sequence over `groups.cp`.
 
     Communicates one all-reduce over tp (with sequence_parallel one all-gather and one reduce-scatter), one of squared
-    sums where a norm group spans ranks, and over cp one halo and one state exchange.
+    sums where a norm group spans ranks, and over cp one halo, one state exchange and, where state is carried from batch
+    to batch, one broadcast of it.
 
     recompute: what the backward pass makes again rather than keeping it: nothing, the convolution's results ("conv"),
         or all between in_proj and out_proj ("inner"). The numbers are the same, and nothing is communicated twice.
@@ -98,10 +101,12 @@ class Mamba2Mixer(PartitionedModule):
         if seed is not None:
             initialize(self, seed)
 
-    def forward(self, u: Tensor, segments: SegmentTable | None = None) -> Tensor:
+    def forward(self, u: Tensor, segments: SegmentTable | None = None, memory: Mamba2Cache | None = None) -> Tensor:
         """(batch, seqlen/cp, d_model) -> the same; with sequence_parallel (batch, seqlen/cp/tp, d_model).
 
         segments: how the sequence is cut over cp; None: rows of one document each, cp must be 1.
+        memory: what the rows of the batch before left, which enters those that are carried; brought up to date, without
+            gradient, on every rank of cp.
         """
         if segments is None and self.cp.size > 1:
             raise ValueError(f"segments must be given when cp ({self.cp.size}) is above 1")
@@ -110,14 +115,28 @@ class Mamba2Mixer(PartitionedModule):
         if segments is None:
             segments = _whole_rows(xBCdt)
         segments.check("u", xBCdt, self.cp.rank, self.cp.size)
+        if memory is None:
+            if segments.carried.any():
+                raise ValueError("memory must be given when rows of segments are carried")
+            return self._mix(xBCdt, z, segments)
+        check_runs_once("memory")
+        self._check_memory(memory, segments.batch)
+        carry = Carry(memory.conv, memory.ssm, segments, self.states)
+        y = self._mix(xBCdt, z, segments, carry)
+        memory.conv, memory.ssm = carry.left()
+        return y
+
+    def _mix(
+        self, xBCdt: Tensor, z: Callable[[], Tensor], segments: SegmentTable, carry: Carry | None = None
+    ) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
-            (x, B, C, dt), _ = self.conv1d(xBCdt, segments)
-            y, gate, _ = self._scan(x, B, C, dt, z, segments)
+            (x, B, C, dt), _ = self.conv1d(xBCdt, segments, carry)
+            y, gate, _ = self._scan(x, B, C, dt, z, segments, carry)
             return self.out_proj(self.norm(y, gate)[0])
         with Forgetful() as saved:
-            (x, B, C, dt), convolve = self.conv1d(xBCdt, segments)
+            (x, B, C, dt), convolve = self.conv1d(xBCdt, segments, carry)
             saved.forget([x, B, C], convolve)
-            y, gate, scan = self._scan(x, B, C, dt, z, segments)
+            y, gate, scan = self._scan(x, B, C, dt, z, segments, carry)
             if self.recompute == "conv":
                 return self.out_proj(self.norm(y, gate)[0])
             convolved = [saved.again(part) for part in (x, B, C)]
@@ -136,6 +155,18 @@ class Mamba2Mixer(PartitionedModule):
             like(batch, config.d_conv - 1, share.conv1d.length),
             like(batch, share.nheads_local, config.headdim, config.d_state, dtype=ssm_dtype),
         )
+
+    def cache_partitions(self) -> dict[str, Partition]:
+        """Who owns what of a cache's tensors, by their names."""
+        return {"conv": replace(self.share.conv1d, dim=2), "ssm": replace(self.share.heads, dim=1)}
+
+    def _check_memory(self, memory: Mamba2Cache, batch: int) -> None:
+        share, config = self.share, self.config
+        for name, tensor, expected in (
+            ("conv", memory.conv, (batch, config.d_conv - 1, share.conv1d.length)),
+            ("ssm", memory.ssm, (batch, share.nheads_local, config.headdim, config.d_state)),
+        ):
+            check_shape(f"memory.{name}", tensor, expected, "that of new_cache(batch)")
 
     def step(self, u: Tensor, cache: Mamba2Cache) -> Tensor:
         """One token, (batch, 1, d_model) -> the same, after those in `cache`, which is brought up to date."""
@@ -170,13 +201,20 @@ class Mamba2Mixer(PartitionedModule):
         )
 
     def _scan(
-        self, x: Tensor, B: Tensor, C: Tensor, dt: Tensor, z: Callable[[], Tensor], segments: SegmentTable
+        self,
+        x: Tensor,
+        B: Tensor,
+        C: Tensor,
+        dt: Tensor,
+        z: Callable[[], Tensor],
+        segments: SegmentTable,
+        carry: Carry | None,
     ) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         """y, z, and what gives y of the same x, B and C again without communicating."""
         x, B, C = self._heads(x, B, C)
         over = SSDOverSegments(
             x, dt, self._A(), B, C, self.config.chunk_size, segments, self.states,
-            scan=self.state_scan, **self._scan_options(),
+            scan=self.state_scan, carry=carry, **self._scan_options(),
         )  # fmt: skip
         del x, B, C
         gate = z()

@@ -22,6 +22,18 @@ def check_recompute(recompute: str, pattern: str) -> None:
         raise ValueError(f"recompute ({recompute}) is for Mamba-2 layers, and the pattern has none; leave it at none")
 
 
+def check_runs_once(what: str) -> None:
+    """Raise ValueError inside hooks for saved tensors, which may run a layer again, with what is true once only."""
+    if _inside_hooks():
+        raise ValueError(
+            f"{what} must not be given inside torch.utils.checkpoint and other hooks for saved tensors; use recompute"
+        )
+
+
+def _inside_hooks() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 class _Recipe:
     """Makes its tensors at the first call of a backward pass and lets go of them at the last, or as one is overwritten.
 
@@ -84,7 +96,7 @@ class Forgetful(torch.autograd.graph.saved_tensors_hooks):
         self.known: dict[int, tuple[_Recipe, int]] = {}
 
     def __enter__(self) -> "Forgetful":  # type: ignore[override]
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if _inside_hooks():
             raise ValueError(
                 "recompute must be 'none' inside torch.utils.checkpoint, save_on_cpu and other hooks for saved tensors"
             )

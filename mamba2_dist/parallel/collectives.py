@@ -17,7 +17,7 @@ A result is "used apart" when every rank goes on with it in its own way, so that
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,20 @@ def max_over(tensor: Tensor, group: Group) -> Tensor:
 def gather_over(tensor: Tensor, group: Group) -> Tensor:
     """(group size, *shape): every rank's tensor, outside autograd."""
     return _all_gather(tensor.detach()[None], group, 0)
+
+
+def broadcast_over(tensor: Tensor, group: Group, source: int) -> Callable[[], Tensor]:
+    """Begins to send `source`'s tensor to every rank, outside autograd, into theirs; what waits for it and gives it."""
+    if group.size == 1:
+        return lambda: tensor
+    ledger.enter("broadcast", group, *((0, 0) if group.rank == source else (1, tensor.nbytes)))
+    work = dist.broadcast(tensor, group.ranks[source], group=group.handle, async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        return tensor
+
+    return wait
 
 
 def all_to_all_over(tensor: Tensor, group: Group) -> Tensor:

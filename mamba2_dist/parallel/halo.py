@@ -24,30 +24,39 @@ class HaloPlan:
     received: tuple[int, ...]  # rows from each rank
     source: Tensor  # (sum of sent,) local token of each row sent
     target: Tensor  # (sum of received,) piece * (width - 1) + place of each row received
+    remembered: Tensor  # row * (width - 1) + place of each row of the batch before that belongs here
+    places: Tensor  # where it does, as in `target`
     needed: bool  # whether any rank of the group fetches anything
 
 
-def conv_halo(x: Tensor, channels: int, width: int, table: SegmentTable, group: Group) -> tuple[Tensor, Tensor | None]:
+def conv_halo(
+    x: Tensor, channels: int, width: int, table: SegmentTable, group: Group, earlier: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """x for a convolution of `width` and what precedes each piece in its document, (pieces, width - 1, channels), zeros
     where nothing does; None where nothing precedes any piece of any rank.
 
     x: (batch, seqlen/cp, at least channels), of which the first are convolved. One all-to-all over `group` of exactly
     the rows needed, from as many segments back as it takes. The convolution must be all that reads the x returned: its
-    gradient is the memory to which those of the rows are added.
+    gradient is the memory to which those of the rows are added. earlier: (batch, width - 1, channels), the last inputs
+    of the batch before, which every rank has; needed where rows are carried.
     """
     before = width - 1
     plan = _plan(table, group.rank, before, x.device)
     if not plan.needed:
         return x, None
-    return _Halo.apply(x, channels, (len(table.local(group.rank).documents), before), plan, group)
+    assert earlier is not None or not table.carried.any()
+    return _Halo.apply(x, channels, (len(table.local(group.rank).documents), before), plan, group, earlier)
 
 
 class _Halo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, channels, pieces, plan, group):
+    def forward(ctx, x, channels, pieces, plan, group, earlier):
         rows = x.flatten(0, 1)[:, :channels].index_select(0, plan.source)
         rows = rows_over(rows, group, plan.sent, plan.received)
         halo = x.new_zeros(math.prod(pieces), channels).index_copy_(0, plan.target, rows)
+        if len(plan.remembered):
+            rows = earlier.flatten(0, 1).index_select(0, plan.remembered)
+            halo.index_copy_(0, plan.places, rows.to(halo.dtype))
         ctx.channels, ctx.plan, ctx.group = channels, plan, group
         return x.view_as(x), halo.unflatten(0, pieces)
 
@@ -59,7 +68,7 @@ class _Halo(torch.autograd.Function):
         rows = rows_over(rows, ctx.group, plan.received, plan.sent)
         dx = dx.contiguous()
         dx.flatten(0, 1)[:, : ctx.channels].index_add_(0, plan.source, rows)
-        return dx, None, None, None, None
+        return dx, None, None, None, None, None
 
 
 def _plan(table: SegmentTable, rank: int, before: int, device: torch.device) -> HaloPlan:
@@ -70,10 +79,15 @@ def _make_plan(table: SegmentTable, rank: int, before: int, device: torch.device
     local = table.local(rank)
     sent: list[list[int]] = [[] for _ in range(table.ranks)]
     received: list[list[int]] = [[] for _ in range(table.ranks)]
+    remembered: list[int] = []
+    places: list[int] = []
     for segment in local.segments:
         for row, token in _fetched(table, segment, before):
             target = int(local.first[segment.slot, row]) * before + token - segment.start + before
             received[table.segment_of(token).rank].append(target)
+        for row, token in _remembered(table, segment, before):
+            remembered.append(row * before + token + before)
+            places.append(int(local.first[segment.slot, row]) * before + token - segment.start + before)
     for receiver in _followers(table, rank, before):
         for row, token in _fetched(table, receiver, before):
             holder = table.segment_of(token)
@@ -82,7 +96,10 @@ def _make_plan(table: SegmentTable, rank: int, before: int, device: torch.device
                 sent[receiver.rank].append(row * local.length + place)
     flat = lambda lists: to_device(np.array([i for part in lists for i in part], np.int64), device)  # noqa: E731
     needed = before > 0 and bool(table.continued.any())  # all ranks must agree
-    return HaloPlan(tuple(map(len, sent)), tuple(map(len, received)), flat(sent), flat(received), needed)
+    return HaloPlan(
+        tuple(map(len, sent)), tuple(map(len, received)),
+        flat(sent), flat(received), flat([remembered]), flat([places]), needed,
+    )  # fmt: skip
 
 
 def _fetched(table: SegmentTable, segment: Segment, before: int) -> Iterator[tuple[int, int]]:
@@ -90,6 +107,13 @@ def _fetched(table: SegmentTable, segment: Segment, before: int) -> Iterator[tup
     for row in np.flatnonzero(table.continued[table.position[segment]]).tolist():
         start = max(segment.start - before, table.document_start(row, segment.start))
         yield from ((row, token) for token in range(start, segment.start))
+
+
+def _remembered(table: SegmentTable, segment: Segment, before: int) -> Iterator[tuple[int, int]]:
+    """(row, token) of tokens of the same document before a segment that the batch before had, its last being -1."""
+    for row in np.flatnonzero(table.carried & table.continued[table.position[segment]]).tolist():
+        if table.document_start(row, segment.start) == 0:
+            yield from ((row, token) for token in range(segment.start - before, 0))
 
 
 def _followers(table: SegmentTable, rank: int, reach: int) -> list[Segment]:

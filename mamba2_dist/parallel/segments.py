@@ -30,7 +30,8 @@ class SegmentTable:
     segments: in causal order, covering [0, seqlen) without gap; a segment may be empty.
     documents: for each row of the batch the ascending offsets of its documents, [0, ..., seqlen]; empty ones are
         allowed. None: each of `batch` rows (1) is one document.
-    Raises ValueError for segments or documents that do not cover the sequence.
+    carried: for each row whether its first document goes on from the same row of the batch before; None: none does.
+    Raises ValueError for segments or documents that do not cover the sequence, and carried rows without a first token.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class SegmentTable:
         ranks: int,
         batch: int | None = None,
         documents: Sequence[Sequence[int]] | None = None,
+        carried: Sequence[bool] | None = None,
     ):
         check_positive("ranks", ranks)
         self.segments = tuple(segments)
@@ -72,25 +74,36 @@ class SegmentTable:
         for row, offsets in enumerate(self.documents):
             if Documents(offsets).tokens != self.seqlen:
                 raise ValueError(f"documents of row {row} must end at seqlen ({self.seqlen}), got {offsets[-1]}")
+        self.carried = np.array([False] * self.batch if carried is None else carried, dtype=bool)
+        if self.carried.shape != (self.batch,):
+            raise ValueError(f"carried must say of each of {self.batch} rows whether it goes on, got {carried}")
+        for row in np.flatnonzero(self.carried).tolist():
+            if not any(self.documents[row][:2]):
+                raise ValueError(
+                    f"row {row} is carried and must begin with a document that has tokens, got offsets "
+                    f"{list(self.documents[row][:8])}; leave empty documents out or set carried[{row}] to False"
+                )
         self._local: dict[int, LocalSegments] = {}
 
     @classmethod
     def uneven(cls, lengths: Sequence[int], **options) -> "SegmentTable":
-        """Rank r holds the r-th of consecutive runs of the given lengths; options: `batch` or `documents`."""
+        """Rank r holds the r-th of consecutive runs of the given lengths; options: `batch` or `documents`,
+        and `carried`."""
         offsets = np.concatenate([[0], np.cumsum(lengths)]).tolist()
         segments = [Segment(offsets[rank], offsets[rank + 1], rank, 0) for rank in range(len(lengths))]
         return cls(segments, ranks=len(lengths), **options)
 
     @classmethod
     def contiguous(cls, seqlen: int, ranks: int, **options) -> "SegmentTable":
-        """Rank r holds the r-th of `ranks` consecutive runs, as even as can be; options: `batch` or `documents`."""
+        """Rank r holds the r-th of `ranks` consecutive runs, as even as can be; options: `batch` or `documents`,
+        and `carried`."""
         check_positive("ranks", ranks)
         return cls.uneven(_even(seqlen, ranks), **options)
 
     @classmethod
     def zigzag(cls, seqlen: int, ranks: int, **options) -> "SegmentTable":
         """Of 2 * `ranks` consecutive runs rank r holds the r-th and the r-th from the end, which balances causal
-        attention; options: `batch` or `documents`."""
+        attention; options: `batch` or `documents`, and `carried`."""
         check_positive("ranks", ranks)
         lengths = _even(seqlen, 2 * ranks)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).tolist()
@@ -107,10 +120,21 @@ class SegmentTable:
     def continued(self) -> np.ndarray:
         """(segments, batch): whether a segment's first token, if it has one, continues a document."""
         starts, ends = (np.array([getattr(s, edge) for s in self.segments]) for edge in ("start", "end"))
-        return np.stack([(starts < ends) & ~np.isin(starts, offsets) for offsets in self.documents], axis=1)
+        return np.stack([(starts < ends) & ~np.isin(starts, begins) for begins in self.begins], axis=1)
+
+    @cached_property
+    def begins(self) -> list[np.ndarray]:
+        """For each row the tokens before which a document begins."""
+        rows = zip(self.documents, self.carried, strict=True)
+        return [np.unique(offsets[1:] if carried else offsets) for offsets, carried in rows]
+
+    @cached_property
+    def closing(self) -> Segment:
+        """The last segment that has tokens, or the last."""
+        return next((segment for segment in self.segments[::-1] if segment.start < segment.end), self.segments[-1])
 
     def document_start(self, row: int, token: int) -> int:
-        """The first token of the document that a token of a row belongs to."""
+        """The first token, of this batch, of the document that a token of a row belongs to."""
         return self.documents[row][bisect.bisect_right(self.documents[row], token) - 1]
 
     def segment_of(self, token: int) -> Segment:
@@ -194,8 +218,7 @@ class LocalSegments:
         self.length = self.starts[-1]
         offsets = [0]
         first, last, continues = (np.zeros((len(self.segments), table.batch), np.int64) for _ in range(3))
-        for row, documents in enumerate(table.documents):
-            starts = np.unique(documents)
+        for row, starts in enumerate(table.begins):
             for slot, segment in enumerate(self.segments):
                 cuts = starts[(starts > segment.start) & (starts < segment.end)].tolist()
                 first[slot, row] = len(offsets) - 1
@@ -205,7 +228,7 @@ class LocalSegments:
                 # an empty segment passes on what enters it
                 continues[slot, row] = segment.start == segment.end or segment.start not in starts
         self.documents = Documents(offsets)
-        self.first, self.last = first, last
+        self.first, self.last, self.carried = first, last, table.carried
         self.continues, self.passes = continues.astype(bool), continues.astype(bool) & (first == last)
         self._kept = Kept()
 
@@ -214,8 +237,15 @@ class LocalSegments:
         """(length,) the place in the whole row of each local token."""
         return np.concatenate([np.arange(s.start, s.end) for s in self.segments] or [np.empty(0, np.int64)])
 
+    @cached_property
+    def rows(self) -> Documents:
+        """The pieces of a rank's only segment in rows: states enter each row's first and leave its last."""
+        assert len(self.segments) == 1, "states enter rows where one segment holds them"
+        return self.documents.in_rows(self.first[0].tolist(), self.last[0].tolist())
+
     def tensor(self, name: str, device: torch.device) -> Tensor:
-        """One of `first`, `last`, `continues`, `passes` or `positions` on `device`; kept for the next layer."""
+        """One of `first`, `last`, `continues`, `passes`, `carried` or `positions` on `device`; kept for the next
+        layer."""
         return self.kept((name, device), lambda: to_device(getattr(self, name), device))
 
     def kept(self, key: Hashable, make: Callable[[], Made]) -> Made:

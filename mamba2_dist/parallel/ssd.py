@@ -1,5 +1,6 @@
 """The convolution and the SSD operator over a sequence cut across ranks."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from mamba2_dist.kernels.conv1d import causal_conv1d_split
 from mamba2_dist.kernels.ssd import SSDSpan, mamba_chunk_scan_combined
 
 from . import state_scan
+from .carry import Carry
 from .groups import Group
 from .halo import conv_halo
 from .segments import SegmentTable
@@ -28,13 +30,18 @@ def conv1d_over_segments(
     group: Group,
     *,
     activation: Literal["silu"] | None = None,
+    carry: Carry | None = None,
 ) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
     """`causal_conv1d_split` of a sequence cut over `group`; communicates the rows before each segment.
 
     x: (batch, seqlen/cp, at least sum(sizes)), of which the first channels are convolved; weight: (sum(sizes), width).
+    carry: what enters from the batch before, and takes what leaves to the next.
     Returns the parts and what follows them, and what gives all of that again without communicating.
     """
-    x, halo = conv_halo(x, sum(sizes), weight.shape[1], table, group)
+    earlier = None if carry is None else carry.conv
+    x, halo = conv_halo(x, sum(sizes), weight.shape[1], table, group, earlier)
+    if carry is not None:
+        carry.leave_conv(x[..., : sum(sizes)], halo)
     pieces = table.local(group.rank).documents
 
     def convolve() -> list[Tensor]:
@@ -54,7 +61,7 @@ class SSDOverSegments:
     travel while the gradients of what was computed in between are.
 
     x: (batch, seqlen/cp, nheads/tp, headdim), dt: (batch, seqlen/cp, nheads/tp),
-    B, C: (batch, seqlen/cp, ngroups/tp, d_state).
+    B, C: (batch, seqlen/cp, ngroups/tp, d_state). carry: as in `conv1d_over_segments`.
     """
 
     def __init__(
@@ -74,14 +81,16 @@ class SSDOverSegments:
         dt_limit: tuple[float, float] = (0.0, math.inf),
         backend: Backend = "auto",
         scan: StateScan = "auto",
+        carry: Carry | None = None,
     ):
-        self.table, self.group, self.scan = table, group, scan
+        self.table, self.group, self.scan, self.carry = table, group, scan, carry
         self.local, self.shape = table.local(group.rank), x.shape
         self.chunk_size = chunk_size
         self.options: dict[str, Any] = {"dt_softplus": dt_softplus, "dt_limit": dt_limit, "backend": backend}
         self.tensors: tuple | None = (x, dt, A, B, C, D, dt_bias)
         self.parameters = dt, A, D, dt_bias
-        self.opened = _Leave.apply(self, *self.tensors) if len(table.segments) > 1 else None
+        self.alone = len(table.segments) == table.ranks == 1
+        self.opened = None if self.alone else _Leave.apply(self, *self.tensors)
 
     def outputs(self) -> Tensor:
         """y like x."""
@@ -90,21 +99,28 @@ class SSDOverSegments:
         self.tensors = self.opened = None
         assert tensors is not None, "outputs are asked for once"
         if opened is None:
-            return self._whole(*tensors)
+            y, final = self._whole(*tensors)
+            if self.carry is not None:
+                self.carry.leave_states(final)
+            return y
         return _Enter.apply(self, opened, *tensors)
 
     def again(self, x: Tensor, B: Tensor, C: Tensor) -> Tensor:
         """The same y of the same x, B and C, without communicating."""
         dt, A, D, dt_bias = self.parameters
-        if len(self.table.segments) == 1:
-            return self._whole(x, dt, A, B, C, D, dt_bias)
+        if self.alone:
+            return self._whole(x, dt, A, B, C, D, dt_bias)[0]
         return self.span(x, dt, A, B, C, D, dt_bias).outputs(self.entering)[0].view(self.shape)
 
-    def _whole(self, x, dt, A, B, C, D, dt_bias) -> Tensor:
+    def _whole(self, x, dt, A, B, C, D, dt_bias) -> tuple[Tensor, Tensor | None]:
         x, dt, B, C = _packed(x, dt, B, C)
-        return mamba_chunk_scan_combined(
-            x, dt, A, B, C, self.chunk_size, D=D, dt_bias=dt_bias, cu_seqlens=self.local.documents, **self.options
-        ).view(self.shape)
+        call = functools.partial(
+            mamba_chunk_scan_combined, x, dt, A, B, C, self.chunk_size, D=D, dt_bias=dt_bias, **self.options
+        )
+        if self.carry is None:
+            return call(cu_seqlens=self.local.documents).view(self.shape), None
+        y, final = call(initial_states=self.carry.initial_states, cu_seqlens=self.local.rows, return_final_states=True)
+        return y.view(self.shape), final
 
     def span(self, x, dt, A, B, C, D, dt_bias) -> SSDSpan:
         """This rank's tokens: states enter the first piece of each segment of each row, and leave the last."""
@@ -149,6 +165,8 @@ class _Leave(torch.autograd.Function):
         decay = decay.unflatten(0, over.local.last.shape)[..., None, None]
         # nothing passes a segment in which a document starts
         over.decay = over.where("passes", decay)
+        if over.carry is not None:
+            state = over.carry.through_opening(state, over.decay)
         over.begin(state, over.decay)
         ctx.over = over
         return x.new_empty(()).expand(x.shape)
@@ -170,7 +188,10 @@ class _Enter(torch.autograd.Function):
     def forward(ctx, over, opened, *tensors):
         arrived = over.wait().unflatten(0, over.local.last.shape)
         # a segment's entering state goes to its first piece if that continues a document
-        over.entering = over.where("continues", arrived).flatten(0, 1)
+        entering = over.where("continues", arrived)
+        if over.carry is not None:
+            entering = over.carry.enter(entering, over.decay)
+        over.entering = entering.flatten(0, 1)
         y, kept = over.in_work.outputs(over.entering)
         del over.in_work
         ctx.save_for_backward(*tensors, over.entering, over.decay, kept)

@@ -100,6 +100,7 @@ class _Chain:
     slots: np.ndarray
     rank: int
     slots_per_rank: int
+    ranks: int  # of the group; some may hold nothing
     device: torch.device
 
     @functools.cached_property
@@ -229,7 +230,7 @@ class _Hierarchical:
         self.everywhere = chain.index(np.concatenate([*runs, np.empty(0, np.int64)]), node * node_size)
         self.rounds = _rounds(owners, node)
         self.slots, self.node_size = chain.slots_per_rank, node_size
-        self.within: Literal["group", "node"] = "group" if node_size > chain.holders.max() else "node"
+        self.within: Literal["group", "node"] = "group" if node_size >= chain.ranks else "node"
 
     def run(self, elements: Elements) -> Exchange:
         held = yield from _to_slices(_padded(elements, self.slots), self.node_size, self.within)
@@ -247,7 +248,7 @@ class _Sliced(_Hierarchical):
     """The same with all ranks as one node: two collectives, whatever their number."""
 
     def __init__(self, chain: _Chain, node_size: int):
-        super().__init__(chain, int(chain.holders.max()) + 1)
+        super().__init__(chain, chain.ranks)
 
 
 def _entering(run: Elements, enters: Tensor | None) -> Tensor:
@@ -321,7 +322,7 @@ def _is_passed_whole(holders: Sequence[int]) -> bool:
 
 def _in_peers_memory(chain: _Chain, node_size: int) -> _AllGather | _Sliced:
     """Of two ranks each reads the other's state; of more, slices."""
-    return (_AllGather if chain.holders.max() < 2 else _Sliced)(chain, node_size)
+    return (_AllGather if chain.ranks <= 2 else _Sliced)(chain, node_size)
 
 
 _BACKENDS: dict[str, Callable[[_Chain, int], Any]] = {
@@ -346,7 +347,7 @@ def exchange(
 
     def make():
         step = -1 if reverse else 1
-        chain = _Chain(table.holders[::step], table.places[::step], rank, table.slots, state.device)
+        chain = _Chain(table.holders[::step], table.places[::step], rank, table.slots, table.ranks, state.device)
         return _BACKENDS[backend](chain, node_size)
 
     kept = table.local(rank).kept(("state_scan", backend, node_size, reverse, state.device), make)
@@ -355,15 +356,17 @@ def exchange(
 
 
 class Pending:
-    """An exchange under way; on a GPU it runs beside the current stream."""
+    """An exchange under way; on a GPU it runs beside the current stream, and must be waited for."""
 
-    def __init__(self, entering: Tensor, done: torch.cuda.Event | None):
-        self.entering, self.done = entering, done
+    def __init__(self, entering: Tensor, done: torch.cuda.Event | None = None, sent: tuple[Tensor, ...] = ()):
+        # what is sent is in memory of the current stream, which must not have it back before it has been read
+        self.entering, self.done, self.sent = entering, done, sent
 
     def wait(self) -> Tensor:
         """The states that enter this rank's segments, like those that leave them. The host does not wait."""
         if self.done is not None:
             torch.cuda.current_stream(self.entering.device).wait_event(self.done)
+        self.sent = ()
         return self.entering
 
 
@@ -381,7 +384,7 @@ def begin(
     """
     check_choice("state_scan", backend, STATE_SCANS)
     if len(table.segments) == 1:
-        return Pending(torch.zeros_like(state), None)
+        return Pending(torch.zeros_like(state))
     if backend == "hierarchical" and group.nodes > 1 and group.node is None:
         raise ValueError(
             f"state_scan 'hierarchical' needs as many ranks of {group.name} ({group.size}) on each of its nodes "
@@ -392,12 +395,12 @@ def begin(
     node_size = None if group.node is None else group.node.size
     work = exchange(state, decay, table, group.rank, backend, node_size=node_size, reverse=reverse)
     if not state.is_cuda:
-        return Pending(_carrier(backend, group, state.device).run(work), None)
+        return Pending(_carrier(backend, group, state.device).run(work))
     stream = _side_stream(state.device)
     stream.wait_stream(torch.cuda.current_stream(state.device))
     with torch.cuda.stream(stream):
         entering = _carrier(backend, group, state.device).run(work)
-        return Pending(entering, stream.record_event())
+        return Pending(entering, stream.record_event(), (state, decay))
 
 
 def _carrier(backend: StateScan, group: Group, device: torch.device) -> ProcessGroups:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,10 +52,18 @@ class Checkpoints:
         """Where the checkpoint of a step stands."""
         return self.folder / f"step-{step:08d}"
 
-    def save(self, model: nn.Module, optimizer: torch.optim.AdamW, progress: Progress, identity: dict) -> None:
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.AdamW,
+        progress: Progress,
+        identity: dict,
+        memory: Iterable[Slice] = (),
+    ) -> None:
         """Write the checkpoint of `progress.step` and remove the oldest beyond `keep`.
 
         identity: {"model": ..., "data": ...}, what a run must share with it to go on from it.
+        memory: what rows carry to the next update.
         """
         final = self.path(progress.step)
         partial = self.folder / f"{final.name}.partial"
@@ -65,7 +73,8 @@ class Checkpoints:
             partial.mkdir(parents=True)
         dist.barrier()
         prepare_state(optimizer)
-        dcp.save({**_training_state(model, optimizer), **_random_state(self.device)}, checkpoint_id=partial)
+        state = _training_state(model, optimizer, memory)
+        dcp.save({**state, **_random_state(self.device)}, checkpoint_id=partial)
         if dist.get_rank() == 0:
             _write(partial / "progress.json", {**asdict(progress), "processes": self._processes()})
             _write(partial / "identity.json", identity)
@@ -88,8 +97,10 @@ class Checkpoints:
         os.replace(path, doomed)
         shutil.rmtree(doomed)
 
-    def load(self, model: nn.Module, optimizer: torch.optim.AdamW, identity: dict) -> Progress:
-        """Load the newest checkpoint, if there is one, into model, optimizer and random states.
+    def load(
+        self, model: nn.Module, optimizer: torch.optim.AdamW, identity: dict, memory: Iterable[Slice] = ()
+    ) -> Progress:
+        """Load the newest checkpoint, if there is one, into model, optimizer, memory and random states.
 
         Raises ValueError when it is damaged, of another model or of other data.
         """
@@ -99,7 +110,7 @@ class Checkpoints:
         check_identity(path, identity)
         saved = read_json(path / "progress.json")
         prepare_state(optimizer)
-        state = _training_state(model, optimizer)
+        state = _training_state(model, optimizer, memory)
         if saved["processes"] == self._processes():
             state.update(_random_state(self.device))
         _read(state, path)
@@ -119,6 +130,8 @@ def load_model(model: nn.Module, path: Path) -> None:
 def check_identity(path: Path, identity: dict) -> None:
     """Raise ValueError unless the checkpoint at `path` is of this model and data, naming the fields that differ."""
     saved, wanted = _flat(read_json(path / "identity.json")), _flat(json.loads(json.dumps(identity)))
+    saved.setdefault("data.carry", "nothing")  # checkpoints from before there was a choice
+    wanted.setdefault("data.carry", "nothing")
     # the chunk size changes speed, not the model
     differing = [
         f"{name} is {saved.get(name)!r} there and {wanted.get(name)!r} here"
@@ -145,8 +158,8 @@ def _model_state(model: nn.Module) -> dict:
     return gather_slices(_of(model, lambda parameter: parameter), "model.")
 
 
-def _training_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict:
-    state = _model_state(model)
+def _training_state(model: nn.Module, optimizer: torch.optim.AdamW, memory: Iterable[Slice]) -> dict:
+    state = {**_model_state(model), **gather_slices(memory, "memory.")}
     for moment in MOMENTS:
         state.update(gather_slices(_of(model, lambda p, m=moment: optimizer.state[p][m]), f"{moment}."))
     return state

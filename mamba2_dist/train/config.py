@@ -24,8 +24,11 @@ class DataConfig:
     """Tokens in a training window."""
     validation_fraction: float = 0.05
     """Share of the documents set aside for validation."""
+    carry: Literal["nothing", "documents"] = "nothing"
+    """"documents": every row reads on where it stopped, and Mamba-2 states of a cut document enter without gradient."""
 
     def __post_init__(self):
+        check_choice_field(self, "carry", "nothing", "documents")
         check_positive_fields(self, "seqlen")
         require(
             0 < self.validation_fraction < 1,
@@ -149,6 +152,10 @@ class TrainConfig:
             f"model.vocab_size must be above 256 (all bytes and an end mark), got {self.architecture.vocab_size}",
         )
         check_recompute(self.recompute, self.architecture.pattern)
+        require(
+            self.data.carry == "nothing" or "M" in self.architecture.pattern,
+            f"data.carry ({self.data.carry}) is for Mamba-2 layers, and the pattern has none; leave it at nothing",
+        )
         require(
             self.schedule.warmup_steps < self.steps,
             f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be below steps ({self.steps})",

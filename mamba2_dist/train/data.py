@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +25,14 @@ BATCH = 256  # documents tokenized at a time
 class Window:
     """`tokens` and their successors, (seqlen,) each, and the offsets of the documents in it.
 
-    A label is -100 where the next token belongs to another document.
+    A label is -100 where the next token belongs to another document. continues: whether the first token goes on with
+    the document that its row read last.
     """
 
     tokens: np.ndarray
     labels: np.ndarray
     documents: list[int]
+    continues: bool = False
 
 
 class TokenFile:
@@ -59,6 +61,15 @@ class TokenFile:
         labels[[end - 1 for end in inside if end <= self.seqlen]] = -100
         documents = [0, *(end for end in inside if end < self.seqlen), self.seqlen]
         return Window(tokens[:-1], labels, documents)
+
+    def consecutive(self, sample: int, rows: int) -> Window:
+        """The `sample`-th window that training reads when each of `rows` rows of a batch reads on where it stopped; the
+        rows begin at equal distances, and again at the front after the end."""
+        turn, row = divmod(sample, rows)
+        index = (row * self.windows // rows + turn) % self.windows
+        first = index * self.seqlen
+        begins = first == 0 or self.ends[np.searchsorted(self.ends, first)] == first
+        return replace(self.window(index), continues=turn > 0 and not bool(begins))
 
     def ordered(self, sample: int, seed: int) -> Window:
         """The `sample`-th window that training reads: every pass in an order of its own."""

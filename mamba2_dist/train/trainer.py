@@ -6,6 +6,7 @@ import math
 import os
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -19,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mamba2_dist.kernels.common.transfer import to_device
-from mamba2_dist.models.hybrid_model import HybridModel, check_split
+from mamba2_dist.models.hybrid_model import HybridModel, Memory, check_split
 from mamba2_dist.modules.linear import cast_once
 from mamba2_dist.parallel.collectives import sum_over
 from mamba2_dist.parallel.cost_model import H200
@@ -36,6 +37,7 @@ from .optimizer import clip_gradients, gradient_norm, learning_rate, make_optimi
 from .report import Report
 from .runtime import exclusive, process_group, use_gpus
 from .step_model import choose_layout
+from .whole import Slice, memory_slices
 
 
 def train(config: TrainConfig) -> Path:
@@ -69,10 +71,10 @@ def check(config: TrainConfig) -> None:
 
 def _identity(config: TrainConfig, corpus: data.Corpus) -> dict:
     """What a checkpoint must share with a run: the model, and what the order of the data depends on."""
-    return {
-        "model": asdict(config.architecture),
-        "data": {"tokens": corpus.digest, "seqlen": config.data.seqlen, "seed": config.seed},
-    }
+    order = {"tokens": corpus.digest, "seqlen": config.data.seqlen, "seed": config.seed, "carry": config.data.carry}
+    if config.data.carry != "nothing":
+        order["global_batch"] = config.global_batch  # rows read on where they stopped
+    return {"model": asdict(config.architecture), "data": order}
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,15 @@ class Trainer:
             recompute=config.recompute, compiled=config.compile, seed=config.seed, device=device,
         )  # fmt: skip
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.model = self._wrap(model)
+        self.carries = config.data.carry == "documents"
+        # by micro-batch: each has rows of its own
+        count = self.share // self.micro
+        self.memory = [model.new_memory(self.micro) if self.carries else None for _ in range(count)]
+        self.bare, self.model = model, self._wrap(model)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep, device)
         self.identity = _identity(config, self.corpus)
-        self.progress = self.checkpoints.load(self.model, self.optimizer, self.identity)
+        self.progress = self.checkpoints.load(self.model, self.optimizer, self.identity, self._memory_slices())
         self.upcoming: Batch | None = None
         self.report = Report(config, folder, speaks=self.first)
 
@@ -136,7 +142,7 @@ class Trainer:
             if "validation" in row:
                 report.validated(row, gzip_bits)
             if step % config.save_every == 0 or done:
-                self.checkpoints.save(self.model, self.optimizer, self.progress, self.identity)
+                self.checkpoints.save(self.model, self.optimizer, self.progress, self.identity, self._memory_slices())
         report.end(self.checkpoints.path(self.progress.step))
 
     def _describe_run(self) -> None:
@@ -158,7 +164,7 @@ class Trainer:
             f"split tp {parallel.tp} cp {parallel.cp} ({self._travel()}) dp {parallel.dp} on {self.device.type}, "
             f"{self.config.precision}, recompute {self.config.recompute}{', compiled' * self.config.compile}",
             f"data {self.config.data.source}: {len(train.tokens):,} tokens in {len(train.ends):,} documents, "
-            f"{train.windows:,} windows of {train.seqlen}",
+            f"{train.windows:,} windows of {train.seqlen}{', states carried' * self.carries}",
         ]
 
     def _travel(self) -> str:
@@ -208,7 +214,7 @@ class Trainer:
         with nullcontext() if self.sharded else cast_once():
             for index, micro_batch in enumerate(batch.micro_batches):
                 with self._gradient_sync(index + 1 == len(batch.micro_batches)):
-                    losses = self._losses(*micro_batch)
+                    losses = self._losses(*micro_batch, self.memory[index])
                     # the data group averages gradients where their sum is meant
                     (losses.sum() * (self.groups.data.size / counted[0])).backward()
                 total += losses.detach().sum()
@@ -233,8 +239,18 @@ class Trainer:
 
     def _training_windows(self, samples: int) -> list[data.Window]:
         """This dp rank's windows of the global batch after `samples` windows."""
-        first = samples + self.groups.dp.rank * self.share
-        return [self.corpus.train.ordered(first + i, self.config.seed) for i in range(self.share)]
+        first, train = samples + self.groups.dp.rank * self.share, self.corpus.train
+        if self.carries:
+            return [train.consecutive(first + i, self.config.global_batch) for i in range(self.share)]
+        return [train.ordered(first + i, self.config.seed) for i in range(self.share)]
+
+    def _memory_slices(self) -> Iterator[Slice]:
+        """What this rank holds of what the rows of the global batch carry."""
+        first = self.groups.dp.rank * self.share
+        for index, memory in enumerate(self.memory):
+            if memory is not None:
+                row = first + index * self.micro
+                yield from memory_slices(self.bare, memory, row, self.config.global_batch)
 
     def _batch(self, samples: int) -> Batch:
         """This rank's part of the global batch after `samples` windows."""
@@ -249,13 +265,14 @@ class Trainer:
         """This rank's tokens and labels of whole windows, and the table of their cut."""
         tokens, labels, documents = data.stack(windows)
         cut = getattr(SegmentTable, self.config.parallel.layout)
-        table = cut(tokens.shape[1], self.groups.cp.size, documents=documents)
+        carried = [window.continues for window in windows]
+        table = cut(tokens.shape[1], self.groups.cp.size, documents=documents, carried=carried)
         mine = (to_device(table.shard(tensor, self.groups.cp.rank), self.device) for tensor in (tokens, labels))
         return *mine, table
 
-    def _losses(self, tokens: Tensor, labels: Tensor, table: SegmentTable) -> Tensor:
+    def _losses(self, tokens: Tensor, labels: Tensor, table: SegmentTable, memory: Memory | None = None) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            return self.model(tokens, labels, table)
+            return self.model(tokens, labels, table, memory)
 
     @contextmanager
     def _gradient_sync(self, now: bool):

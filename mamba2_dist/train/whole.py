@@ -4,7 +4,7 @@ A rank's parameter is packed from parts (tensor parallelism), and of that copy i
 slice that is left is one box inside one tensor of the whole model. Gradient norms and checkpoints are written in these.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
+from mamba2_dist.models.hybrid_model import HybridModel, Memory
 from mamba2_dist.modules.base import ParameterRecord, named_records, whole_name
 
 
@@ -55,6 +56,16 @@ def model_slices(model: nn.Module) -> Iterator[tuple[nn.Parameter, str, Paramete
     parameters = dict(module.named_parameters())
     for name, record in named_records(module):
         yield parameters[name], name, record
+
+
+def memory_slices(model: HybridModel, memory: Memory, first_row: int, rows: int) -> Iterator[Slice]:
+    """The slices in what a micro-batch carries, its rows beginning at `first_row` of the `rows` of the global batch."""
+    for name, partition, tensor in model.named_memory(memory):
+        for offset, part in zip(partition.offsets, partition.parts, strict=True):
+            shape, start = [rows, *tensor.shape[1:]], [first_row] + [0] * (tensor.ndim - 1)
+            shape[partition.dim], start[partition.dim] = part.size, part.start
+            box = tensor.narrow(partition.dim, offset, part.length)
+            yield Slice(whole_name(name, part.name), tuple(shape), tuple(start), box, part.replicas)
 
 
 def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
@@ -111,7 +122,7 @@ class WholeTensor(Tensor):
         return self.boxes[tuple(index.offset or (0,) * self.ndim)]
 
 
-def gather_slices(found: Iterator[Slice], prefix: str) -> dict[str, WholeTensor]:
+def gather_slices(found: Iterable[Slice], prefix: str) -> dict[str, WholeTensor]:
     """Whole tensors by name from the slices this process holds."""
     wholes: dict[str, WholeTensor] = {}
     for piece in found:

@@ -1,5 +1,6 @@
 """A whole model on a GPU against float64 on the CPU, documents, zigzag and FlexAttention included."""
 
+import itertools
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import torch
 
 from mamba2_dist import AttentionConfig, HybridConfig, HybridModel, Mamba2Config, Mamba2Mixer, SegmentTable
 
-from ..tolerances import MODEL, assert_close
+from ..tolerances import EXACT, MODEL, assert_close
 
 pytestmark = pytest.mark.gpu
 
@@ -48,6 +49,40 @@ def test_against_float64(layout, packed, autocast):
         for name, tensor in expected.items():
             assert_close(actual[name], tensor, bound, name)
     assert_close(*(torch.cat([g.cpu().flatten() for g in grads.values()]) for grads in (actual, expected)), bound)
+
+
+def _in_batches(device: str, dtype: torch.dtype, layout: str, cuts: list[int], recompute: str = "none"):
+    """As above, in batches that go on where the last one stopped."""
+    config = HybridConfig(**{**vars(CONFIG), "pattern": "M-M"})
+    model = HybridModel(config, recompute=recompute, device=device, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    tokens, labels = (torch.randint(0, 512, (2, SEQLEN), generator=generator).to(device) for _ in range(2))
+    memory, parts = model.new_memory(2), []
+    for start, end in itertools.pairwise(cuts):
+        documents = [[0, *(o - start for o in row if start < o < end), end - start] for row in DOCUMENTS]
+        carried = [start not in row for row in DOCUMENTS]
+        table = getattr(SegmentTable, layout)(end - start, 1, documents=documents, carried=carried)
+        losses = model(table.shard(tokens[:, start:end], 0), table.shard(labels[:, start:end], 0), table, memory)
+        losses.sum().backward()
+        part = torch.empty(2, end - start, dtype=losses.dtype)
+        part[:, table.local(0).positions] = losses.detach().cpu()
+        parts.append(part)
+    return {"losses": torch.cat(parts, 1), **{name: parameter.grad for name, parameter in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_carried_states_against_float64(layout):
+    """In the last case batches are shorter than the convolution's reach."""
+    uncut = _in_batches("cpu", torch.float64, "contiguous", [0, SEQLEN])["losses"]
+    for cuts in ([0, 130, 170, SEQLEN], [0, 100, 102, 103, SEQLEN]):
+        expected = _in_batches("cpu", torch.float64, "contiguous", cuts)
+        assert_close(expected["losses"], uncut, EXACT)
+        actual = _in_batches("cuda", torch.float32, layout, cuts)
+        for name, tensor in expected.items():
+            assert_close(actual[name], tensor, MODEL[torch.float32], name)
+        for recompute in ("conv", "inner"):
+            again = _in_batches("cuda", torch.float32, layout, cuts, recompute)
+            assert all(torch.equal(again[name], tensor) for name, tensor in actual.items())
 
 
 def test_recompute_gives_the_same_bits_in_less_memory():

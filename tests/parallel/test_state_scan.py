@@ -93,6 +93,8 @@ def test_uneven_nodes_are_refused():
 @settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(st.permutations([0, 0, 1, 1, 2]), st.sampled_from(ON_CPU))
 @example([1, 1, 0, 2, 0], "ring")
+@example([0, 1, 1, 0, 1], "sliced")
+@example([0, 1, 1, 0, 1], "hierarchical")
 def test_segments_in_any_order(owners, backend):
     slots = [owners[:i].count(owner) for i, owner in enumerate(owners)]
     segments = [Segment(i, i + 1, owner, slot) for i, (owner, slot) in enumerate(zip(owners, slots, strict=True))]

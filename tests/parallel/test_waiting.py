@@ -29,12 +29,12 @@ class _Asked(TorchDispatchMode):
 
 
 def _run(layout: str, scan: str):
-    table = getattr(SegmentTable, layout)(64, 2, documents=DOCUMENTS)
+    table = getattr(SegmentTable, layout)(64, 2, documents=DOCUMENTS, carried=[True, False])
     model = HybridModel(CONFIG, groups_of(1, 2), ParallelConfig(cp=2, state_scan=scan))
     x = torch.randn(2, 32, 32, requires_grad=True)
     with _Asked() as asked:
         for layer in model.backbone.blocks():
-            sum(layer(x, None, table)).sum().backward()
+            sum(layer(x, None, table, layer.new_memory(2))).sum().backward()
     assert "mm" in asked.names
     assert not asked.names & ANSWERED
 
@@ -48,13 +48,13 @@ def test_no_layer_waits(layout, scan):
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_no_layer_waits_for_a_gpu(layout):
-    table = getattr(SegmentTable, layout)(64, 1, documents=DOCUMENTS)
+    table = getattr(SegmentTable, layout)(64, 1, documents=DOCUMENTS, carried=[True, False])
     model = HybridModel(CONFIG, device="cuda")
     x = torch.randn(2, 64, 32, device="cuda", requires_grad=True)
     for mode in ("default", "error"):  # once to compile
         try:
             torch.cuda.set_sync_debug_mode(mode)
-            for layer in model.backbone.blocks():
-                sum(layer(x, None, table)).sum().backward()
+            for layer, memory in zip(model.backbone.blocks(), model.new_memory(2), strict=True):
+                sum(layer(x, None, table, memory)).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -4,6 +4,7 @@ import gzip
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +46,20 @@ def test_every_pass_reads_every_window_in_its_own_order(corpus):
     ]
     assert sorted(passes[0]) == sorted(passes[1])
     assert passes[0] != passes[1]
+
+
+def test_rows_read_on_where_they_stopped(corpus):
+    split, rows = corpus.train, 3
+    starts = {0, *split.ends.tolist()}
+    turns = split.windows + 2
+    for row in range(rows):
+        first = row * split.windows // rows
+        for turn in range(turns):
+            window, index = split.consecutive(turn * rows + row, rows), (first + turn) % split.windows
+            assert (window.tokens == split.window(index).tokens).all()
+            assert window.continues == (turn > 0 and index * split.seqlen not in starts)
+    whole_document = data.TokenFile(Path(split.tokens.filename).parent, "train", int(split.ends[0]))
+    assert not whole_document.consecutive(1, 1).continues
 
 
 def test_bytes_of_tokens(corpus):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout, default_pg_timeout
 
+from mamba2_dist import SegmentTable
 from mamba2_dist.train import data
 from mamba2_dist.train.metrics import read_history
 from mamba2_dist.train.trainer import Trainer
@@ -136,6 +137,114 @@ def test_resuming_changes_no_digit(tmp_path, options):
     assert resumed["first"] == 4
     assert resumed["loss"] == whole["loss"]
     assert resumed["norm"] == whole["norm"]
+
+
+CARRY = {"steps": 5, "save_every": 3, "validate_every": 5}
+
+
+def _carry(folder: Path, **options) -> dict:
+    data = replace(small_run(folder).data, carry="documents")
+    return _run(folder, **{**CARRY, "data": data, **options})
+
+
+@pytest.fixture(scope="module")
+def carried(tmp_path_factory):
+    """One rank's run whose rows go on where they stopped."""
+    return _carry(tmp_path_factory.mktemp("carried"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tp": 2},
+        {"cp": 2},
+        {"cp": 2, "sharding": "ddp"},
+        {"dp": 2, "micro_batch": 1},
+        {"cp": 2, "dp": 2, "recompute": "inner"},
+        {"tp": 4},
+        {"micro_batch": 1},
+    ],
+    ids=str,
+)
+def test_any_split_carries_the_same(tmp_path, carried, options):
+    run = _carry(tmp_path, **options)
+    _assert_same(run, carried)
+    assert run["next batch"] == carried["next batch"]
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_layouts_carry_the_same(tmp_path, carried, layout):
+    split = replace(small_run(tmp_path, tp=2, cp=2).parallel, layout=layout, sequence_parallel=True)
+    _assert_same(_carry(tmp_path, tp=2, cp=2, parallel=split), carried)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"cp": 3}, {"tp": 2, "dp": 2, "micro_batch": 1}, {"cp": 2, "precision": "bf16"}], ids=str
+)
+def test_resuming_what_is_carried_changes_no_digit(tmp_path, options):
+    whole = _carry(tmp_path, **options)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000005")
+    resumed = _carry(tmp_path, **options)
+    assert resumed["first"] == 3
+    assert (resumed["loss"], resumed["norm"]) == (whole["loss"], whole["norm"])
+
+
+@pytest.mark.parametrize("options", [{}, {"cp": 4}, {"dp": 2, "micro_batch": 1}, {"tp": 4}], ids=str)
+def test_what_is_carried_loads_under_another_split(tmp_path, carried, options):
+    _carry(tmp_path, tp=2, cp=2)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000005")
+    after = _carry(tmp_path, **options)
+    assert after["first"] == 3
+    _assert_same(after, carried)
+
+
+def test_what_is_carried_is_not_dropped_silently(tmp_path):
+    _run(tmp_path, steps=3)
+    with pytest.raises(AssertionError, match=r"data\.carry is 'nothing' there and 'documents' here"):
+        _carry(tmp_path)
+    (tmp_path / "other").mkdir()
+    _carry(tmp_path / "other")
+    with pytest.raises(AssertionError, match=r"data\.carry is 'documents' there and 'nothing' here"):
+        _run(tmp_path / "other", steps=9)
+    with pytest.raises(AssertionError, match=r"data\.global_batch is 4 there and 2 here"):
+        _carry(tmp_path / "other", global_batch=2)
+
+
+def _losses_of_long_rows(folder: Path, rows: int, updates: int) -> tuple[list[float], list[float]]:
+    """The losses of a run that learns nothing, and those of the same tokens in rows as long as the run."""
+    settings = small_run(folder)
+    config = replace(
+        settings,
+        model=replace(settings.model, pattern="M-M"),
+        data=replace(settings.data, carry="documents"),
+        optimizer=replace(settings.optimizer, lr=1e-30),
+        global_batch=rows,
+        steps=updates,
+    )
+    trainer = Trainer(config, Path(config.out), torch.device("cpu"))
+    trainer.run()
+    split, length = trainer.corpus.train, config.data.seqlen * updates
+    losses = torch.zeros(updates)
+    counted = torch.zeros(updates)
+    for row in range(rows):
+        start = row * split.windows // rows * config.data.seqlen
+        tokens = torch.from_numpy(split.tokens[start : start + length + 1].astype("int64"))[None]
+        inside = [end - start for end in split.ends.tolist() if start < end <= start + length]
+        labels = tokens[:, 1:].clone()
+        labels[0, [end - 1 for end in inside]] = -100
+        documents = [[0, *(end for end in inside if end < length), length]]
+        with torch.no_grad():
+            found = trainer.bare(tokens[:, :-1], labels, SegmentTable.contiguous(length, 1, documents=documents))
+        losses += found.view(updates, -1).sum(1)
+        counted += (labels >= 0).view(updates, -1).sum(1)
+    rows_of_run = read_history(Path(config.out))
+    return [row["loss"] for row in rows_of_run if "loss" in row], (losses / counted).tolist()
+
+
+def test_rows_go_on_where_they_stopped(tmp_path):
+    small_run(tmp_path)
+    (run, whole), *_ = run_ranks(1, _losses_of_long_rows, tmp_path, 3, 5)
+    assert run == pytest.approx(whole, rel=1e-6)
 
 
 def _prepare_slowly(folder: Path) -> None:
