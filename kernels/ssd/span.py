@@ -59,10 +59,10 @@ class SSDSpan:
         if takes_triton(backend, x, lambda: check_sizes(x, B)):
             from .gpu.span import GPUSpan
 
-            on_host = documents.on_host, _on_host(enters), _on_host(leaves)
-            self.steps = GPUSpan(*tensors, *on_host, dt_softplus, dt_limit)
+            edges = _on_host(enters), _on_host(leaves)
+            self.steps = GPUSpan(tensors, documents.on_host, edges, dt_softplus, dt_limit)
         else:
-            edges = tuple(to_device(_on_host(numbers), x.device) for numbers in (enters, leaves))
+            edges = to_device(_on_host(enters), x.device), to_device(_on_host(leaves), x.device)
             self.steps = _InTorch(tensors, chunk_size, documents, edges, dt_softplus, dt_limit)
 
     def leaving(self) -> tuple[Tensor, Tensor]:

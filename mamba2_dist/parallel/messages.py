@@ -7,7 +7,7 @@ An exchange is a generator: it yields requests and is sent what they bring. Proc
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,8 +45,10 @@ class Messages:
     within: Literal["group", "rail"] = "group"
 
 
+Result = TypeVar("Result")
 Request = AllGather | AllToAll | Messages
-Exchange = Generator[Request, Any, Tensor]
+Steps = Generator[Request, Any, Result]
+Exchange = Steps[Tensor]
 
 
 class ProcessGroups:

@@ -89,6 +89,7 @@ class SSDOverSegments:
         self.options: dict[str, Any] = {"dt_softplus": dt_softplus, "dt_limit": dt_limit, "backend": backend}
         self.tensors: tuple | None = (x, dt, A, B, C, D, dt_bias)
         self.parameters = dt, A, D, dt_bias
+        self.entering: Tensor | None = None
         self.alone = len(table.segments) == table.ranks == 1
         self.opened = None if self.alone else _Leave.apply(self, *self.tensors)
 
@@ -110,11 +111,12 @@ class SSDOverSegments:
         dt, A, D, dt_bias = self.parameters
         if self.alone:
             return self._whole(x, dt, A, B, C, D, dt_bias)[0]
+        assert self.entering is not None, "outputs come first"
         return self.span(x, dt, A, B, C, D, dt_bias).outputs(self.entering)[0].view(self.shape)
 
     def _whole(self, x, dt, A, B, C, D, dt_bias) -> tuple[Tensor, Tensor | None]:
         x, dt, B, C = _packed(x, dt, B, C)
-        call = functools.partial(
+        call: Callable[..., Any] = functools.partial(
             mamba_chunk_scan_combined, x, dt, A, B, C, self.chunk_size, D=D, dt_bias=dt_bias, **self.options
         )
         if self.carry is None:

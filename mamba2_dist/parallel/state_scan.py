@@ -28,7 +28,7 @@ from mamba2_dist.kernels.common.transfer import to_device
 
 from .cost_model import Machine, choose
 from .groups import Group
-from .messages import AllGather, AllToAll, Exchange, Messages, ProcessGroups
+from .messages import AllGather, AllToAll, Exchange, Messages, ProcessGroups, Steps
 from .segments import SegmentTable
 from .symmetric_memory import SymmetricMemory
 
@@ -169,7 +169,7 @@ class _AllGather:
             return torch.zeros_like(elements.states)
         before = _inclusive(Elements(*(t.flatten(0, 1)[self.before] for t in everyone)))
         if self.mine == slice(self.count, self.count + 1):
-            return before.states[-1:]
+            return before.states[-1:].clone()  # what was gathered must not be kept with it
         # nothing enters the first
         return F.pad(before.states, (0, 0, 0, 0, 1, 0))[self.mine]
 
@@ -190,7 +190,9 @@ class _LogStep:
         return entering
 
 
-def _log_step(own: list[Elements], rounds: list[_Round], within: Literal["group", "rail"], like: Tensor):
+def _log_step(
+    own: list[Elements], rounds: list[_Round], within: Literal["group", "rail"], like: Tensor
+) -> Steps[list[Tensor | None]]:
     """The states that enter this rank's positions, None where nothing does.
 
     After a round of distance d each position knows the combination of up to 2 d - 1 before it; what it excludes is kept
@@ -259,7 +261,7 @@ def _entering(run: Elements, enters: Tensor | None) -> Tensor:
     return torch.cat([enters[None], decays * enters + states])
 
 
-def _to_slices(elements: Elements, parts: int, within: Literal["group", "node"]) -> Exchange:
+def _to_slices(elements: Elements, parts: int, within: Literal["group", "node"]) -> Steps[Elements]:
     """(parts x slots, rows, width / parts): this rank's slice of every state of every rank, and the decays."""
     states, decays = elements
     states = F.pad(states, (0, -states.shape[2] % parts))

@@ -48,6 +48,7 @@ class _Buffers:
     def __init__(self, group: Group, numel: int, dtype: torch.dtype, device: torch.device):
         import torch.distributed._symmetric_memory as symmetric
 
+        assert group.handle is not None, "a group of one exchanges nothing"
         self.pairs, self.turn = [], 0
         for _ in range(2):
             mine = symmetric.empty(numel, dtype=dtype, device=device)

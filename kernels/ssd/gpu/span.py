@@ -9,10 +9,11 @@ from .problem import aligned, make_problem
 
 
 class GPUSpan:
-    def __init__(self, x, dt, A, B, C, D, dt_bias, offsets, enters, leaves, dt_softplus, dt_limit):
-        self.problem = make_problem(x, dt, A, B, C, dt_bias, dt_softplus, dt_limit, offsets, enters, leaves)
-        self.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (x, dt, A, B, C, D, dt_bias))
-        self.D, self.enters, self.leaves = D, len(enters), len(leaves)
+    def __init__(self, tensors, offsets, edges, dt_softplus, dt_limit):
+        x, dt, A, B, C, self.D, dt_bias = tensors
+        self.problem = make_problem(x, dt, A, B, C, dt_bias, dt_softplus, dt_limit, offsets, *edges)
+        self.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+        self.enters, self.leaves = map(len, edges)
         self.swept: Swept | None = None
 
     def leaving(self) -> tuple[Tensor, Tensor]:
@@ -35,6 +36,5 @@ class GPUSpan:
         kept = kept if kept is not None and kept.numel() else None
         made = backward(self.problem, self.D, entering, kept, dy, d_leaving, d_swept=self.swept)
         found = (made.dx, made.ddt, made.dA, made.dB, made.dC, made.dD, made.ddt_bias)
-        return tuple(
-            None if dtype is None else tensor.to(dtype) for tensor, dtype in zip(found, self.dtypes, strict=True)
-        )
+        pairs = zip(found, self.dtypes, strict=True)
+        return tuple(None if dtype is None or tensor is None else tensor.to(dtype) for tensor, dtype in pairs)
