@@ -17,7 +17,7 @@ from layer import make_row
 from mamba2_dist.kernels.conv1d import causal_conv1d
 from mamba2_dist.kernels.norm import gated_rmsnorm
 from mamba2_dist.kernels.ssd import mamba_chunk_scan_combined
-from ssd import Call, import_peer, origin, write
+from ssd import Call, capture, import_peer, origin, write
 from torch import Tensor, nn
 
 from mamba2_dist import Mamba2Config, Mamba2Mixer, ParallelGroups, SegmentTable
@@ -91,7 +91,7 @@ def in_turn(calls: dict[str, Call], group: Group, options: argparse.Namespace, w
 
 
 def measure_backends(groups: ParallelGroups, options: argparse.Namespace):
-    """Each backend alone, forward and reverse, launched from Python and not hidden by anything."""
+    """Each backend alone, hidden by nothing: launched from Python, and as a CUDA graph, without the host."""
     table = SegmentTable.contiguous(groups.cp.size, groups.cp.size)
     for nheads in (80, 128):
         state = torch.randn(1, 1, nheads, 64, 128, device="cuda")
@@ -102,9 +102,14 @@ def measure_backends(groups: ParallelGroups, options: argparse.Namespace):
 
         many = argparse.Namespace(rounds=options.rounds, calls=100)
         times = in_turn({backend: call(backend) for backend in BACKENDS}, groups.cp, many)
+        notes: list[str] = []
+        # a graph of one exchange would use one of the buffers of symmetric memory again before its turn
+        graphs = {name: capture(call(name), name, notes) for name in BACKENDS if name != "symmetric_memory"}
+        alone = in_turn({name: graph for name, graph in graphs.items() if graph}, groups.cp, many)
         for backend, time in times.items():
             case = f"{nheads} heads, {state.nbytes / 2**20:.1f} MiB"
-            yield make_row(f"backend {backend}", case, time * 1e3, None, None, "us")
+            row = make_row(f"backend {backend}", case, time * 1e3, None, None, "us")
+            yield row | {"graph": alone[backend] * 1e3 if backend in alone else None, "notes": notes}
 
 
 def leaf(*shape: int) -> Tensor:
@@ -377,7 +382,7 @@ def megatron_mixer(d_model: int, ngroups: int, groups: ParallelGroups) -> tuple[
 
 def table_row(row: dict) -> str:
     show = lambda name, form: "-" if row.get(name) is None else format(row[name], form)  # noqa: E731
-    columns = "".join(f"{show(name, '.3f'):>9}" for name in ("ours", "peer", "ratio", "over"))
+    columns = "".join(f"{show(name, '.3f'):>9}" for name in ("ours", "peer", "ratio", "over", "graph"))
     return f"{row['what']:32} {row['case']:64} {row['unit']:3}{columns}"
 
 
