@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from mamba2_dist.config import check_positive_fields, require
-from mamba2_dist.parallel.cost_model import H200, SIMPLEST_FIRST, Machine, choose, nodes_of, possible
+from mamba2_dist.parallel.cost_model import H200, SIMPLEST_FIRST, Machine, nodes_of, possible
 from mamba2_dist.train.config import TrainConfig
 from mamba2_dist.train.machine import load_machine
-from mamba2_dist.train.step_model import Sizes, Step, choose_layout, model_step
+from mamba2_dist.train.step_model import Sizes, Step, choose_backend, choose_layout, model_step
 
 # what of a machine a plan says is assumed
 LABELLED = ("node", "all_gather", "all_to_all", "rail", "matmul_flops", "memory_bytes_per_s")
@@ -61,7 +61,7 @@ class Row:
     backend: str
     layout: str
     chosen: bool
-    """Whether `cost_model.choose` takes it."""
+    """Whether the run takes it."""
     step: Step
 
 
@@ -89,7 +89,7 @@ def rows_of(config: PlanConfig, gpus: int, machine: Machine) -> list[Row]:
     for backend in backends:
         laid = choose_layout(grown, machine, backend)
         sizes = Sizes(laid, machine)
-        chosen = choose(cp, nodes, sizes.segments, sizes.element_bytes[0], machine) == backend
+        chosen = choose_backend(sizes) == backend
         step = model_step(laid, backend, machine)
         rows.append(Row(gpus, cp, nodes, backend, laid.parallel.layout, chosen, step))
     return rows

@@ -67,7 +67,7 @@ class Backbone(nn.Module):
     def forward(self, tokens: Tensor, segments: SegmentTable, memory: Memory | None = None) -> Tensor:
         """(batch, seqlen/cp) -> (batch, seqlen/cp, d_model)."""
         x, update = self.embedding(tokens), None
-        remembered = memory or [None] * len(self.layers)
+        remembered = [None] * len(self.layers) if memory is None else memory
         for layer, state in zip(self.blocks(), remembered, strict=True):
             x, update = layer(x, update, segments, state)
         return self.norm_f(x, update)[0]

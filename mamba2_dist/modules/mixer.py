@@ -14,7 +14,7 @@ from mamba2_dist.parallel.groups import ParallelGroups
 from mamba2_dist.parallel.partition import Partition, mamba2_partition
 from mamba2_dist.parallel.segments import SegmentTable
 from mamba2_dist.parallel.ssd import SSDOverSegments
-from mamba2_dist.parallel.state_scan import StateScan
+from mamba2_dist.parallel.state_scan import StateScan, check_state_scan
 
 from . import init
 from .base import PartitionedModule, initialize
@@ -73,6 +73,12 @@ class Mamba2Mixer(PartitionedModule):
         groups = groups or ParallelGroups()
         d_inner, nheads = config.d_inner(d_model), config.nheads(d_model)
         check_recompute(recompute, "M")
+        check_state_scan(state_scan, groups.states)
+        if (groups.states.size, groups.states.rank) != (groups.cp.size, groups.cp.rank):
+            raise ValueError(
+                f"groups.states ({groups.states.size} ranks) must be the ranks of groups.cp ({groups.cp.size}); "
+                "make both with ParallelGroups"
+            )
         self.config, self.cp, self.states, self.recompute = config, groups.cp, groups.states, recompute
         self.state_scan = state_scan
         self.share = share = mamba2_partition(
@@ -211,14 +217,21 @@ class Mamba2Mixer(PartitionedModule):
         carry: Carry | None,
     ) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         """y, z, and what gives y of the same x, B and C again without communicating."""
+        A, options = self._A(), self._scan_options()
         x, B, C = self._heads(x, B, C)
         over = SSDOverSegments(
-            x, dt, self._A(), B, C, self.config.chunk_size, segments, self.states,
-            scan=self.state_scan, carry=carry, **self._scan_options(),
+            x, dt, A, B, C, self.config.chunk_size, segments, self.states,
+            scan=self.state_scan, carry=carry, **options,
         )  # fmt: skip
         del x, B, C
         gate = z()
-        return over.outputs().flatten(-2), gate, lambda x, B, C: over.again(*self._heads(x, B, C)).flatten(-2)
+        y, scan = over.outputs()
+
+        def again(x: Tensor, B: Tensor, C: Tensor) -> Tensor:
+            x, B, C = self._heads(x, B, C)
+            return scan(x, dt, A, B, C, options["D"], options["dt_bias"]).flatten(-2)
+
+        return y.flatten(-2), gate, again
 
     def _A(self) -> Tensor:
         return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))

@@ -11,7 +11,6 @@ pass
 | log_step         | rounds k (s + a)                          | log2(k P) rounds                     |
 | ring             | k s                                       | k (P-1) hand-overs, in K blocks      |
 | symmetric_memory | k (s + a) for P = 2, else as sliced       | 1 or 2 barriers                      |
-| serial_exact     | k s                                       | k (P-1) hand-overs                   |
 
 at most: ranks at an end of the chain receive less.
 """
@@ -23,8 +22,12 @@ from typing import Any, Literal
 
 from mamba2_dist.kernels.common.checks import check_choice, check_divisible, check_positive
 
-BACKENDS = ("all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory", "serial_exact")
+BACKENDS = ("all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory")
 SIMPLEST_FIRST = ("all_gather", "symmetric_memory", "sliced", "log_step", "ring", "hierarchical")
+AUTO = ("all_gather", "sliced", "log_step", "ring", "hierarchical")
+"""What `state_scan` "auto" chooses among; not every machine's GPUs read each other's memory."""
+RING_BLOCKS = 4
+"""Into how many blocks a state is cut that is handed along a chain."""
 NEARLY = 1.1  # as cheap
 SCORES_SHARE = 0.5
 """Speed of attention's products as a share of that of others; assumed."""
@@ -188,7 +191,7 @@ class Operation:
 def operations(
     backend: str, ranks: int, nodes: int, segments: int, state_bytes: float, decay_bytes: float = 0.0
 ) -> list[Operation]:
-    """What every rank does, one after the other, for any backend but "ring" and "serial_exact"."""
+    """What every rank does, one after the other, for any backend but "ring"."""
     if ranks == 1:
         return []
     both = state_bytes + decay_bytes
@@ -226,16 +229,6 @@ def _rounds(ranks: int, nodes: int, segments: int, size: float) -> list[Operatio
     return [Operation("message", ranks, nodes, segments, segments * size)] * count
 
 
-def ring_blocks(ranks: int, nodes: int, segments: int, state_bytes: float, machine: Machine) -> int:
-    """Into how many blocks a state is cut that is handed along the chain: with h hand-overs, a step of latency t and a
-    bandwidth b, (h + K - 1) (s / K b) + K t is least at K = sqrt((h - 1) s / (b t))."""
-    hops = segments * (ranks - 1)
-    crosses = nodes > 1
-    bytes_per_s = (machine.rail if crosses else machine.node).bytes_per_s
-    step_s = machine.rail_step_s if crosses else machine.node_step_s
-    return max(round(math.sqrt(max(hops - 1, 0) * state_bytes / (bytes_per_s * step_s))), 1)
-
-
 def traffic(
     backend: str,
     ranks: int,
@@ -243,18 +236,16 @@ def traffic(
     segments: int,
     state_bytes: float,
     decay_bytes: float = 0.0,
-    *,
-    blocks: int = 1,
 ) -> Traffic:
     """What one rank starts and receives in one pass of one layer.
 
     ranks, nodes: of the group, as many ranks on every node; segments: of one rank; state_bytes, decay_bytes: of one
-    segment's element (float32: 4 batch nheads/tp headdim d_state, and 4 batch nheads/tp); blocks: into which "ring"
-    cuts a state. Raises ValueError for a group that cannot be.
+    segment's element (float32: 4 batch nheads/tp headdim d_state, and 4 batch nheads/tp). Raises ValueError for a group
+    that cannot be.
     """
     _check(backend, ranks, nodes, segments)
-    if backend in ("ring", "serial_exact"):
-        count = (blocks if backend == "ring" else 1) * segments * (ranks > 1)
+    if backend == "ring":
+        count = RING_BLOCKS * segments * (ranks > 1)
         # a block is received and sent on
         return Traffic(2 * count, count, segments * state_bytes * (ranks > 1))
     steps = operations(backend, ranks, nodes, segments, state_bytes, decay_bytes)
@@ -273,24 +264,24 @@ def exchange_time(
 ) -> float:
     """Seconds from the last rank's element to the last rank's entering state, local arithmetic left out.
 
-    Raises ValueError for "serial_exact", which is for tests, and for "symmetric_memory" where it cannot be.
+    Raises ValueError for "symmetric_memory" where it cannot be.
     """
     _check(backend, ranks, nodes, segments)
-    if backend == "serial_exact":
-        raise ValueError("backend 'serial_exact' is for tests and has no cost model; choose another")
     if backend == "symmetric_memory" and machine.peer_memory is None:
         raise ValueError(f"backend 'symmetric_memory' reads peers' memory, which {machine.name} cannot; choose another")
     if ranks == 1:
         return 0.0
     if backend == "ring":
-        return _ring_time(ranks, nodes, segments, state_bytes, machine)
+        return ring_time(ranks, nodes, segments, state_bytes, machine)
     steps = operations(backend, ranks, nodes, segments, state_bytes, decay_bytes)
     return sum(step.time(machine) for step in steps)
 
 
-def _ring_time(ranks: int, nodes: int, segments: int, state_bytes: float, machine: Machine) -> float:
-    """The first block goes all the way, the others follow over the slowest link."""
-    blocks = ring_blocks(ranks, nodes, segments, state_bytes, machine)
+def ring_time(
+    ranks: int, nodes: int, segments: int, state_bytes: float, machine: Machine, blocks: int = RING_BLOCKS
+) -> float:
+    """Seconds to hand a state along the chain: its first block goes all the way, the others follow over the slowest
+    link."""
     size = state_bytes / blocks
     crossing, inside = segments * (nodes - 1), segments * (ranks - nodes)
     slowest = machine.rail_step_s + size / machine.rail.bytes_per_s
@@ -330,7 +321,7 @@ def choose(
     state_bytes: float,
     machine: Machine,
     *,
-    among: Sequence[str] = SIMPLEST_FIRST,
+    among: Sequence[str] = AUTO,
 ) -> str:
     """The cheapest backend of `among`; on one node the first that comes within a tenth of it, simple ones first."""
     options = [backend for backend in among if possible(backend, nodes, machine)]

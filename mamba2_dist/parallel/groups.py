@@ -75,7 +75,8 @@ class ParallelGroups:
         node_size: int | None = None,
         machine: Machine = H200,
     ):
-        for name, size in (("tp", tp), ("cp", cp), ("pp", pp), ("dp", 1 if dp is None else dp)):
+        sizes = {"tp": tp, "cp": cp, "pp": pp, "dp": 1 if dp is None else dp}
+        for name, size in (sizes | ({} if node_size is None else {"node_size": node_size})).items():
             check_positive(name, size)
         world = dist.get_world_size() if dist.is_initialized() else 1
         if dp is None:
@@ -95,9 +96,11 @@ class ParallelGroups:
         if cp > 1:
             # along cp, all such groups of the world
             rows = torch.arange(world).view(pp, dp, cp, tp).movedim(2, 3).reshape(-1, cp)
-            node_size = node_size or int(os.environ.get("LOCAL_WORLD_SIZE", world))
+            if node_size is None:
+                node_size = int(os.environ.get("LOCAL_WORLD_SIZE", world))
             self.cp = _with_nodes(replace(self.cp, machine=machine), rows, node_size)
             self.states = _with_nodes(replace(Group.of("states", _along(rows)), machine=machine), rows, node_size)
+            _meet(self.states, device_type)
         joined = init_device_mesh(device_type, (pp, dp * cp, tp), mesh_dim_names=("pp", "data", "tp"))
         self.data_mesh = joined["data"]
         self.data = Group.of("data", joined.get_group("data"))
@@ -131,6 +134,13 @@ class ParallelGroups:
             handle, _ = dist.new_subgroups(size)
             self._tp_parts[size] = Group.of("tp part", handle)
         return self._tp_parts[size]
+
+
+def _meet(group: Group, device_type: str) -> None:
+    """Make the communicators now: NCCL would at a first use, in which a message between two waits for all ranks."""
+    for part in (group, group.node, group.rail):
+        if part is not None and part.size > 1 and device_type == "cuda":
+            dist.all_reduce(torch.zeros(1, device="cuda"), group=part.handle)
 
 
 def _along(rows: torch.Tensor) -> dist.ProcessGroup:

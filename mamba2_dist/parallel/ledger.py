@@ -63,6 +63,11 @@ def record_collectives() -> Iterator[Ledger]:
         _open.remove(ledger)
 
 
+def is_open() -> bool:
+    """Whether anybody counts."""
+    return bool(_open)
+
+
 def enter(collective: str, group: Group, messages: int, nbytes: int) -> None:
     """`Ledger.enter` of every open ledger."""
     for ledger in _open:

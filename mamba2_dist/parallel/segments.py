@@ -46,6 +46,7 @@ class SegmentTable:
         check_positive("ranks", ranks)
         self.segments = tuple(segments)
         self.ranks = ranks
+        check_positive("the number of segments", len(self.segments))
         end = 0
         for segment in self.segments:
             if segment.start != end or segment.end < segment.start:
@@ -181,15 +182,6 @@ class SegmentTable:
         return torch.cat(
             [none, *(tensor.narrow(dim, s.start, s.end - s.start) for s in self.local(rank).segments)], dim
         )
-
-    @cached_property
-    def owner(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each token of a row: the rank that holds it, and its place among that rank's tokens of the row."""
-        rank, place = np.empty(self.seqlen, np.int64), np.empty(self.seqlen, np.int64)
-        for holder in range(self.ranks):
-            positions = self.local(holder).positions
-            rank[positions], place[positions] = holder, np.arange(len(positions))
-        return rank, place
 
     @cached_property
     def document_starts(self) -> np.ndarray:

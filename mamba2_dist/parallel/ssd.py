@@ -88,31 +88,25 @@ class SSDOverSegments:
         self.chunk_size = chunk_size
         self.options: dict[str, Any] = {"dt_softplus": dt_softplus, "dt_limit": dt_limit, "backend": backend}
         self.tensors: tuple | None = (x, dt, A, B, C, D, dt_bias)
-        self.parameters = dt, A, D, dt_bias
         self.entering: Tensor | None = None
         self.alone = len(table.segments) == table.ranks == 1
         self.opened = None if self.alone else _Leave.apply(self, *self.tensors)
 
-    def outputs(self) -> Tensor:
-        """y like x."""
+    def outputs(self) -> tuple[Tensor, Callable[..., Tensor]]:
+        """y like x, and what gives it again of the same (x, dt, A, B, C, D, dt_bias) without communicating."""
         tensors, opened = self.tensors, self.opened
-        # what stays of this object must not hold x, B or C
+        # the graph keeps this object, which must keep no tensor that the graph does not
         self.tensors = self.opened = None
         assert tensors is not None, "outputs are asked for once"
         if opened is None:
             y, final = self._whole(*tensors)
             if self.carry is not None:
                 self.carry.leave_states(final)
-            return y
-        return _Enter.apply(self, opened, *tensors)
-
-    def again(self, x: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        """The same y of the same x, B and C, without communicating."""
-        dt, A, D, dt_bias = self.parameters
-        if self.alone:
-            return self._whole(x, dt, A, B, C, D, dt_bias)[0]
-        assert self.entering is not None, "outputs come first"
-        return self.span(x, dt, A, B, C, D, dt_bias).outputs(self.entering)[0].view(self.shape)
+            return y, lambda *tensors: self._whole(*tensors)[0]
+        y = _Enter.apply(self, opened, *tensors)
+        entering, self.entering, self.carry = self.entering, None, None
+        assert entering is not None
+        return y, lambda *tensors: self.span(*tensors).outputs(entering)[0].view(self.shape)
 
     def _whole(self, x, dt, A, B, C, D, dt_bias) -> tuple[Tensor, Tensor | None]:
         x, dt, B, C = _packed(x, dt, B, C)
@@ -197,6 +191,7 @@ class _Enter(torch.autograd.Function):
         y, kept = over.in_work.outputs(over.entering)
         del over.in_work
         ctx.save_for_backward(*tensors, over.entering, over.decay, kept)
+        del over.decay
         ctx.over = over
         over.shapes = [None if tensor is None else tensor.shape for tensor in tensors]
         return y.view(over.shape)

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from mamba2_dist.kernels.common.checks import check_choice
 from mamba2_dist.kernels.common.transfer import to_device
 
-from .cost_model import Machine, choose
+from .cost_model import RING_BLOCKS, Machine, choose
 from .groups import Group
 from .messages import AllGather, AllToAll, Exchange, Messages, ProcessGroups, Steps
 from .segments import SegmentTable
@@ -34,7 +34,6 @@ from .symmetric_memory import SymmetricMemory
 
 StateScan = Literal["auto", "all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory"]
 STATE_SCANS = get_args(StateScan)
-RING_BLOCKS = 4
 logger = logging.getLogger(__name__)
 
 
@@ -357,6 +356,16 @@ def exchange(
     return entering.reshape(state.shape)
 
 
+def check_state_scan(backend: str, group: Group) -> None:
+    """Raise ValueError unless states can travel like this over `group`."""
+    check_choice("state_scan", backend, STATE_SCANS)
+    if backend == "hierarchical" and group.nodes > 1 and group.node is None:
+        raise ValueError(
+            f"state_scan 'hierarchical' needs as many ranks of {group.name} ({group.size}) on each of its nodes "
+            f"({group.nodes}); choose a cp that fills whole nodes, or 'log_step'"
+        )
+
+
 class Pending:
     """An exchange under way; on a GPU it runs beside the current stream, and must be waited for."""
 
@@ -367,7 +376,10 @@ class Pending:
     def wait(self) -> Tensor:
         """The states that enter this rank's segments, like those that leave them. The host does not wait."""
         if self.done is not None:
-            torch.cuda.current_stream(self.entering.device).wait_event(self.done)
+            stream = torch.cuda.current_stream(self.entering.device)
+            stream.wait_event(self.done)
+            if not torch.cuda.is_current_stream_capturing():
+                self.entering.record_stream(stream)  # it is in memory of the side stream
         self.sent = ()
         return self.entering
 
@@ -384,14 +396,11 @@ def begin(
 
     Tensors of one exchange must be let go of before the next begins, which waits for all that was issued before it.
     """
-    check_choice("state_scan", backend, STATE_SCANS)
+    check_state_scan(backend, group)
+    if table.ranks != group.size:
+        raise ValueError(f"the segment table is made for {table.ranks} ranks, {group.name} has {group.size}")
     if len(table.segments) == 1:
         return Pending(torch.zeros_like(state))
-    if backend == "hierarchical" and group.nodes > 1 and group.node is None:
-        raise ValueError(
-            f"state_scan 'hierarchical' needs as many ranks of {group.name} ({group.size}) on each of its nodes "
-            f"({group.nodes}); choose a cp that fills whole nodes, or 'log_step'"
-        )
     if backend == "auto":
         backend = chosen(group, table.slots, math.prod(state.shape[1:]) * state.element_size())
     node_size = None if group.node is None else group.node.size
@@ -421,8 +430,7 @@ def chosen(group: Group, segments: int, state_bytes: int) -> StateScan:
 
 @functools.cache
 def _choose(ranks: int, nodes: int, segments: int, state_bytes: int, machine: Machine) -> StateScan:
-    among = ("all_gather", "sliced", "log_step", "ring", "hierarchical")
-    backend = choose(ranks, nodes, segments, state_bytes, machine, among=among)
+    backend = choose(ranks, nodes, segments, state_bytes, machine)
     logger.info(
         "state_scan auto: %s, for %d ranks on %d nodes, %d states a rank of %.3f MB, by the links of %s",
         backend, ranks, nodes, segments, state_bytes / 1e6, machine.name,

@@ -39,6 +39,8 @@ class SymmetricMemory(ProcessGroups):
         brought = tensor.new_empty(group.size, tensor.numel() if gathers else tensor.numel() // group.size)
         for rank, peer in enumerate(peers):
             brought[rank].copy_(peer if gathers else peer.view(group.size, -1)[group.rank])
+        if torch.cuda.is_current_stream_capturing():
+            buffers.barrier()  # a graph that is replayed may use the same buffer twice running
         return brought.view(group.size, *tensor.shape[0 if gathers else 1 :])
 
 

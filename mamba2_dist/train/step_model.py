@@ -11,6 +11,7 @@ from mamba2_dist.config import HybridConfig
 from mamba2_dist.models.hybrid_model import HybridModel
 from mamba2_dist.parallel.attention import GATHERED_BYTES
 from mamba2_dist.parallel.cost_model import (
+    AUTO,
     SCORES_SHARE,
     Machine,
     all_reduce_time,
@@ -203,13 +204,20 @@ def choose_layout(config: TrainConfig, machine: Machine, backend: str | None = N
     if split.cp * split.tp > machine.node_size and split.cp * split.tp % machine.node_size:
         return zigzag  # nodes that are filled in part have no cost model
 
-    def seconds(option: TrainConfig) -> float:
+    def differing(option: TrainConfig) -> float:
+        """Seconds of what depends on the layout."""
         sizes = Sizes(option, machine)
-        among = ("all_gather", "sliced", "log_step", "hierarchical")
-        best = choose(split.cp, sizes.cp_nodes, sizes.segments, sizes.element_bytes[0], machine, among=among)
-        return model_step(option, backend or best, machine).seconds
+        by = backend or (choose_backend(sizes) if sizes.count("M") else "all_gather")
+        return _states(sizes, by)[1] + sum(_keys(sizes, _scores(sizes)))
 
-    return min(contiguous, zigzag, key=seconds)
+    return min(contiguous, zigzag, key=differing)
+
+
+def choose_backend(sizes: Sizes) -> str:
+    """How states travel: as the run says, or what `state_scan` "auto" takes."""
+    if sizes.split.state_scan != "auto":
+        return sizes.split.state_scan
+    return choose(sizes.split.cp, sizes.cp_nodes, sizes.segments, sizes.element_bytes[0], sizes.machine, among=AUTO)
 
 
 def _compute(sizes: Sizes) -> float:

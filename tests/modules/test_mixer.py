@@ -132,8 +132,17 @@ def test_collectives_of_a_block(split, forward, backward):
         assert counts == {"forward": forward, "backward": backward}
 
 
-def test_segments_are_asked_for():
+def test_groups_that_do_not_fit_are_refused():
     groups = ParallelGroups.alone()
     groups.cp = groups.cp.__class__("cp", (0, 1))
+    with pytest.raises(ValueError, match=r"groups.states \(1 ranks\) must be the ranks of groups.cp \(2\)"):
+        Mamba2Mixer(CONFIG, 16, groups)
+    with pytest.raises(ValueError, match="state_scan must be one of"):
+        Mamba2Mixer(CONFIG, 16, ParallelGroups.alone(), state_scan="gossip")
+
+
+def test_segments_are_asked_for():
+    groups = ParallelGroups.alone()
+    groups.cp = groups.states = groups.cp.__class__("cp", (0, 1))
     with pytest.raises(ValueError, match=r"segments must be given when cp \(2\)"):
         Mamba2Mixer(CONFIG, 16, groups)(torch.zeros(1, 4, 16))

@@ -9,6 +9,8 @@ import pytest
 from mamba2_dist import SegmentTable
 from mamba2_dist.parallel.cost_model import (
     H200,
+    RING_BLOCKS,
+    SIMPLEST_FIRST,
     Link,
     Machine,
     Traffic,
@@ -16,7 +18,7 @@ from mamba2_dist.parallel.cost_model import (
     choose,
     exchange_time,
     nodes_of,
-    ring_blocks,
+    ring_time,
     traffic,
 )
 
@@ -39,10 +41,9 @@ WITHOUT_PEER_MEMORY = replace(H200, peer_memory=None)
         ("log_step", (4, 1, 1), Traffic(2, 2, 2 * 1010)),
         ("log_step", (5, 1, 1), Traffic(3, 3, 3 * 1010)),
         ("log_step", (4, 1, 2), Traffic(3, 6, 6 * 1010)),
-        ("ring", (4, 1, 2), Traffic(4, 2, 2000)),
+        ("ring", (4, 1, 2), Traffic(4 * RING_BLOCKS, 2 * RING_BLOCKS, 2000)),
         ("symmetric_memory", (2, 1, 2), Traffic(1, 1, 2020)),
         ("symmetric_memory", (4, 1, 1), Traffic(2, 6, 3 * 260 + 3 * 250)),
-        ("serial_exact", (4, 1, 1), Traffic(2, 1, 1000)),
     ],
 )
 def test_traffic_by_hand(backend, place, expected):
@@ -53,10 +54,6 @@ def test_traffic_by_hand(backend, place, expected):
 def test_a_rank_alone_has_no_traffic(backend):
     assert traffic(backend, 1, 1, 2, STATE, DECAY) == Traffic(0, 0, 0)
     assert exchange_time(backend, 1, 1, 2, STATE, H200) == 0
-
-
-def test_blocks_of_the_ring_carry_the_same_bytes():
-    assert traffic("ring", 4, 1, 2, STATE, DECAY, blocks=5) == Traffic(20, 10, 2000)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
@@ -96,21 +93,14 @@ def test_times_by_hand():
     assert time("log_step", 4, 1, 1, STATE) == pytest.approx(2 * (1e-6 + 1010 / 1e9))
     assert time("log_step", 4, 2, 2, STATE) == pytest.approx(3 * (10e-6 + 2020 / 1e8 + 5e-7))
     assert time("symmetric_memory", 2, 1, 1, STATE) == pytest.approx(6e-6 + 1010 / 4e9)
-    assert time("ring", 2, 1, 1, STATE) == pytest.approx(1e-6 + 1000 / 1e9)
+    assert time("ring", 2, 1, 1, STATE) == pytest.approx(1e-6 + 250 / 1e9 + 3 * (1e-7 + 250 / 1e9))
 
 
-def test_the_ring_is_cut_into_the_best_number_of_blocks():
-    # by hand: hops h of (latency + s/K b), K - 1 blocks after the first, of (step + s/K b)
-    ranks, machine = 64, WITHOUT_PEER_MEMORY
-    hops, link, step = ranks - 1, machine.node, machine.node_step_s
-
-    def time(blocks: int) -> float:
-        size = STATE_8B / blocks
-        return hops * link.time(size) + (blocks - 1) * (step + size / link.bytes_per_s)
-
-    best = min(range(1, 500), key=time)
-    assert ring_blocks(ranks, 1, 1, STATE_8B, machine) == pytest.approx(best, rel=0.05)
-    assert exchange_time("ring", ranks, 1, 1, STATE_8B, machine) == pytest.approx(time(best), rel=1e-3)
+def test_blocks_of_the_ring_by_hand():
+    # h hops of (latency + s/K b), K - 1 blocks after the first, of (step + s/K b)
+    hops, link, size = 63, H200.node, STATE_8B / RING_BLOCKS
+    by_hand = hops * link.time(size) + (RING_BLOCKS - 1) * (H200.node_step_s + size / link.bytes_per_s)
+    assert exchange_time("ring", 64, 1, 1, STATE_8B, H200) == pytest.approx(by_hand)
 
 
 def test_all_reduce_by_hand():
@@ -134,7 +124,8 @@ def test_what_grows_with_ranks(segments):
 
 
 def test_choice():
-    assert choose(2, 1, 1, STATE_27B, H200) == "symmetric_memory"
+    assert choose(2, 1, 1, STATE_27B, H200) == "all_gather"
+    assert choose(2, 1, 1, STATE_27B, H200, among=SIMPLEST_FIRST) == "symmetric_memory"
     assert choose(1, 1, 1, STATE_27B, H200) == "all_gather"  # nothing travels: the simplest
     for ranks in (16, 64, 1024):
         assert choose(ranks, ranks // 8, 1, STATE_8B, H200) == "hierarchical"
@@ -170,7 +161,6 @@ def test_nodes_of_groups():
         (lambda: traffic("sliced", 6, 4, 1, STATE), r"ranks \(6\) must be divisible by nodes \(4\)"),
         (lambda: traffic("sliced", 0, 1, 1, STATE), "ranks must be above 0, got 0"),
         (lambda: traffic("symmetric_memory", 16, 2, 1, STATE), "needs all ranks on one node, got 2 nodes"),
-        (lambda: exchange_time("serial_exact", 4, 1, 1, STATE, H200), "'serial_exact' is for tests"),
         (lambda: exchange_time("symmetric_memory", 4, 1, 1, STATE, WITHOUT_PEER_MEMORY), "H200 cannot"),
         (lambda: choose(16, 2, 1, STATE, H200, among=("symmetric_memory",)), "must name a backend for 2 nodes"),
         (lambda: Link(0, 1e9), "latency_s must be above 0, got 0"),
@@ -236,8 +226,9 @@ def test_published_all_scan_beyond_the_ranks_it_is_fitted_to():
     rate = ZECO_STATE / (_slope({ranks: ZECO_ALL_GATHER[ranks] for ranks in FITTED}) * 1e-3)
 
     def scan(ranks: int, latency_s: float) -> float:
-        machine = _zeco_machine(latency_s, rate)
-        return 1e3 * exchange_time("ring", ranks, math.ceil(ranks / 8), 1, ZECO_STATE, machine)
+        machine, place = _zeco_machine(latency_s, rate), (ranks, math.ceil(ranks / 8), 1, ZECO_STATE)
+        # in the best number of blocks
+        return 1e3 * min(ring_time(*place, machine, blocks) for blocks in np.geomspace(1, 2000, 60))
 
     def once(latency_s: float) -> np.ndarray:
         return np.array([ZECO_ALL_SCAN[ranks] - scan(ranks, latency_s) for ranks in FITTED])

@@ -76,7 +76,7 @@ def _check(segments, ranks, documents):
     _compare(
         table,
         scan_inputs,
-        lambda x, dt, B, C, group: SSDOverSegments(x, dt, A, B, C, 4, table, group, D=D).outputs(),
+        lambda x, dt, B, C, group: SSDOverSegments(x, dt, A, B, C, 4, table, group, D=D).outputs()[0],
         lambda *t: _by_document(lambda x, dt, B, C: mamba_chunk_scan_combined(x, dt, A, B, C, 4, D=D), documents, *t),
     )
     alone = Group("cp")
@@ -127,7 +127,9 @@ def _check_triton(segments, ranks, documents):
     _compare(
         table,
         [draw(2, 16), draw(2).abs(), draw(1, 16), draw(1, 16)],
-        lambda x, dt, B, C, group: SSDOverSegments(x, dt, A, B, C, 64, table, group, D=D, backend="triton").outputs(),
+        lambda x, dt, B, C, group: SSDOverSegments(x, dt, A, B, C, 64, table, group, D=D, backend="triton").outputs()[
+            0
+        ],
         lambda *t: _by_document(
             lambda x, dt, B, C: mamba_chunk_scan_combined(x, dt, A, B, C, 64, D=D, backend="torch"), documents, *t
         ),

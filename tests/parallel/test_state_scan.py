@@ -10,7 +10,7 @@ from mamba2_dist.parallel.cost_model import traffic
 from mamba2_dist.parallel.ledger import Ledger
 from mamba2_dist.parallel.messages import loopback
 from mamba2_dist.parallel.segments import Segment
-from mamba2_dist.parallel.state_scan import RING_BLOCKS, STATE_SCANS, exchange, state_scan
+from mamba2_dist.parallel.state_scan import STATE_SCANS, exchange, state_scan
 
 from ..distributed import run_ranks
 from ..splits import groups_of, make_table
@@ -170,9 +170,7 @@ def test_ledger_equals_the_formula(ranks, node_size, segments, backend):
     ]
     ledgers = [Ledger() for _ in range(ranks)]
     loopback(exchanges, node_size, ledgers)
-    expected = traffic(
-        backend, ranks, ranks // node_size, segments, 3 * 48 * 8, 0 if backend == "ring" else 3 * 8, blocks=RING_BLOCKS
-    )
+    expected = traffic(backend, ranks, ranks // node_size, segments, 3 * 48 * 8, 0 if backend == "ring" else 3 * 8)
     actual = tuple(max(getattr(ledger, name).total() for ledger in ledgers) for name in ("calls", "messages", "bytes"))
     if segments == 1 or backend in ("all_gather", "sliced", "ring"):
         assert actual == (expected.launches, expected.messages, expected.bytes)

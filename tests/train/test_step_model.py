@@ -121,6 +121,9 @@ def test_layout():
     # long sequences: the last rank's attention; short shards of many ranks: the second state of each
     hybrid = _config(preset=None, model=HYBRID, cp=64, seqlen=64 * 8192)
     assert choose_layout(hybrid, H200, "hierarchical").parallel.layout == "zigzag"
+    # data groups that fill nodes in part
+    small = _config(preset=None, model=HYBRID, cp=2, dp=5, seqlen=2 * 65536, global_batch=5)
+    assert choose_layout(small, H200).parallel.layout in ("contiguous", "zigzag")
     short = _config(preset=None, model=HYBRID, cp=64, seqlen=64 * 16)
     assert choose_layout(short, H200, "all_gather").parallel.layout == "contiguous"
 
