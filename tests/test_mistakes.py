@@ -88,6 +88,11 @@ COMMANDS = [
         "torch finds 0; lower parallel.tp, parallel.cp or parallel.dp",
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
     ),
+    pytest.param(
+        "train good.yaml parallel.cp=2 parallel.state_scan=symmetric_memory",
+        "parallel.state_scan (symmetric_memory) needs GPUs",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
+    ),
     ("train good.yaml preset=mamba3", "preset must be one of mamba2_130m"),
     ("train good.yaml preset=mamba2_130m", "preset (mamba2_130m) and model were both given; remove one"),
     ("train good.yaml model.pattern=MXM", "'X'; layers are M (Mamba-2), *, -"),

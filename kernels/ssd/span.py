@@ -151,7 +151,8 @@ def _on_host(numbers: Numbers) -> Tensor:
 def _check_numbers(name: str, numbers: Numbers, ndocuments: int) -> None:
     if len(numbers) == 0:
         return
-    if len(set(numbers)) < len(numbers):
+    ordered = np.sort(numbers)
+    if (ordered[1:] == ordered[:-1]).any():
         raise ValueError(f"{name} must name each document at most once, got {list(numbers)[:8]}")
-    if min(numbers) < 0 or max(numbers) >= ndocuments:
-        raise ValueError(f"{name} must name documents from 0 to {ndocuments - 1}, got {min(numbers)} to {max(numbers)}")
+    if ordered[0] < 0 or ordered[-1] >= ndocuments:
+        raise ValueError(f"{name} must name documents from 0 to {ndocuments - 1}, got {ordered[0]} to {ordered[-1]}")

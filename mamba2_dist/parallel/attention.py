@@ -46,8 +46,10 @@ def attention_over_segments(
     Raises ValueError when "ulysses" cannot divide the heads.
     """
     check_positive("gathered_bytes", gathered_bytes)
-    route = _route(method, q, k, table, group)
-    lengths = [table.local(rank).length for rank in route.holders[route.keys.rank]]
+    sizes = q.shape[2:], k.shape[2], q.element_size()
+    route, lengths = table.local(group.rank).kept(
+        ("route", method, group, sizes), lambda: _route_with_lengths(method, q, k, table, group)
+    )
     nheads, nheads_kv = (t.shape[2] // route.heads.size for t in (q, k))
     if route.heads.size > 1:
         shares = [t.unflatten(2, (route.heads.size, -1)) for t in (q, k, v)]
@@ -110,6 +112,14 @@ def _route(method: AttentionMethod, q: Tensor, k: Tensor, table: SegmentTable, g
     # by nothing that ranks differ in: all must choose the same
     costs = [_cost(route, q, k, table, group) for route in (sharing, gathering)]
     return sharing if costs[0] <= costs[1] else gathering
+
+
+def _route_with_lengths(
+    method: AttentionMethod, q: Tensor, k: Tensor, table: SegmentTable, group: Group
+) -> tuple[_Route, list[int]]:
+    """The route, and the tokens of each rank with which this one shares heads; kept for the next layer."""
+    route = _route(method, q, k, table, group)
+    return route, [table.local(rank).length for rank in route.holders[route.keys.rank]]
 
 
 def _cost(route: _Route, q: Tensor, k: Tensor, table: SegmentTable, group: Group) -> float:

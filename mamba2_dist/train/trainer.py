@@ -58,7 +58,9 @@ def check(config: TrainConfig) -> None:
     """
     parallel, model = config.parallel, config.architecture
     config.share(parallel.dp or 1)
-    use_gpus(config.device, parallel.processes)
+    on_gpu = use_gpus(config.device, parallel.processes)
+    if parallel.state_scan == "symmetric_memory" and parallel.cp > 1 and not on_gpu:
+        raise ValueError("parallel.state_scan (symmetric_memory) needs GPUs; set it to auto, or use device=cuda")
     check_split(model, parallel.tp)
     if config.machine is not None:
         load_machine(Path(config.machine))
