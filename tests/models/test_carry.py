@@ -172,7 +172,7 @@ def _triton(ranks, layout):
             shards = [cut.shard(tensor[:, start:end], over.rank).detach().requires_grad_() for tensor in inputs]
             x, dt, B, C = shards
             conv1d_over_segments(B.flatten(2), weight, None, [16], cut, over, carry=carry)
-            y = SSDOverSegments(x, dt, A, B, C, 64, cut, over, D=D, backend=backend, carry=carry).outputs()
+            y = SSDOverSegments(x, dt, A, B, C, 64, cut, over, D=D, backend=backend, carry=carry).outputs()[0]
             grads = torch.autograd.grad(y.square().sum(), shards)
             results.append(([y, *grads], carry.left()))
         (local, left), (whole, (conv, ssm)) = results
