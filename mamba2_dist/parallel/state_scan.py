@@ -392,10 +392,8 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def begin(
     state: Tensor, decay: Tensor, table: SegmentTable, group: Group, backend: StateScan, *, reverse: bool = False
 ) -> Pending:
-    """Start an exchange over `group`, outside autograd; arguments as in `state_scan`.
-
-    Tensors of one exchange must be let go of before the next begins, which waits for all that was issued before it.
-    """
+    """Start an exchange over `group`, outside autograd; arguments as in `state_scan`, errors too, and ValueError for a
+    table of another number of ranks."""
     check_state_scan(backend, group)
     if table.ranks != group.size:
         raise ValueError(f"the segment table is made for {table.ranks} ranks, {group.name} has {group.size}")
