@@ -1,14 +1,21 @@
-"""The exchange of states on the GPUs of one node: backends alone, a mixer over ranks, and Megatron-core's beside it.
+"""The exchange of states on the GPUs of one node: backends alone, a mixer over ranks, Megatron-core's beside it, and a
+model trained on sequences longer than memory.
 
-    torchrun --nproc-per-node 2 benchmarks/exchange.py [--only backends mixer delays peer] [--tokens 32768] [--rounds 5]
+    torchrun --nproc-per-node 2 benchmarks/exchange.py [--only backends mixer delays peer long] [--tokens 32768]
+        [--rounds 5] [--steps 10]
 
-Prints a table and writes benchmarks/results/exchange-<device>.json, into $OUT where it is set. Megatron-core's mixer is
-compared where megatron-core, mamba_ssm and causal_conv1d can be imported. Every side is timed in one process, in turn.
+Prints a table and writes benchmarks/results/exchange-<device>.json, into $OUT where it is set; rows of parts that are
+not run stay as they are in the file there is. Megatron-core's mixer is compared where megatron-core, mamba_ssm and
+causal_conv1d can be imported. Every side is timed in one process, in turn.
 """
 
 import argparse
+import gc
+import json
 import statistics
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,22 +23,27 @@ from layer import make_row
 from mamba2_dist.kernels.conv1d import causal_conv1d
 from mamba2_dist.kernels.norm import gated_rmsnorm
 from mamba2_dist.kernels.ssd import mamba_chunk_scan_combined
-from ssd import Call, capture, import_peer, origin, write
+from ssd import GIB, ROOT, Call, capture, import_peer, origin, results_path, write
 from torch import Tensor, nn
 
 from mamba2_dist import Mamba2Config, Mamba2Mixer, ParallelGroups, SegmentTable
+from mamba2_dist.cli import parse
 from mamba2_dist.parallel import state_scan
 from mamba2_dist.parallel.collectives import sum_over
 from mamba2_dist.parallel.cost_model import H200, exchange_time
 from mamba2_dist.parallel.groups import Group
 from mamba2_dist.parallel.heads import to_heads, to_tokens
 from mamba2_dist.parallel.messages import ProcessGroups
+from mamba2_dist.train.config import TrainConfig
+from mamba2_dist.train.corpus import find_files
+from mamba2_dist.train.trainer import Trainer
 
 SHAPES = [(2560, 1), (4096, 8)]  # d_model, ngroups
 PEER_SHAPES = [(2560, 8), (4096, 8)]
 BACKENDS = ("all_gather", "sliced", "log_step", "ring", "symmetric_memory")
 DELAYED_RANKS = (64, 1024, 4096)
-PARTS = ("backends", "mixer", "delays", "peer")
+LONG = {2**20: (16, "none"), 2**21: (32, "inner")}  # parts and recompute, by tokens of a sequence
+PARTS = ("backends", "mixer", "delays", "peer", "long")
 BF16 = {"device": "cuda", "dtype": torch.bfloat16}
 
 
@@ -42,18 +54,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="print which kernels of the mixer cost more when cut")
     parser.add_argument("--calls", type=int, default=8, help="in one round")
+    parser.add_argument("--long-tokens", nargs="+", type=int, choices=LONG, default=list(LONG))
+    parser.add_argument("--steps", type=int, default=10, help="updates on long sequences")
     options = parser.parse_args()
     dist.init_process_group("cpu:gloo,cuda:nccl")
     torch.cuda.set_device(dist.get_rank())
     groups = ParallelGroups(cp=dist.get_world_size())
     results = origin() | {"ranks": groups.cp.size, "nccl": ".".join(map(str, torch.cuda.nccl.version())), "rows": []}
+    others = [row for row in rows_so_far(results["device"]) if row["part"] not in options.only]
     for part in options.only:
         for row in globals()[f"measure_{part}"](groups, options):
-            results["rows"].append(row)
+            others.append({"part": part, "commit": results["commit"]} | row)
             say(table_row(row))
+        results["rows"] = sorted(others, key=lambda row: PARTS.index(row["part"]))
         if dist.get_rank() == 0:
             write(results, "exchange")
     dist.destroy_process_group()
+
+
+def rows_so_far(device: str) -> list[dict]:
+    path = results_path("exchange", device, ROOT / "benchmarks" / "results")
+    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 def say(text: str) -> None:
@@ -378,9 +399,53 @@ def megatron_mixer(d_model: int, ngroups: int, groups: ParallelGroups) -> tuple[
     return mixer.cuda(), f"megatron-core {megatron.core.__version__}, mamba_ssm {mamba_ssm.__version__}"
 
 
+def measure_long(groups: ParallelGroups, options: argparse.Namespace):
+    """The 1.3B Mamba-2 on sequences of millions of tokens of real text, each trained in parts over all ranks."""
+    device = torch.device("cuda", dist.get_rank())
+    with tempfile.TemporaryDirectory() as folder:
+        shared = [folder]
+        dist.broadcast_object_list(shared)  # the first rank's
+        if dist.get_rank() == 0:
+            write_texts(Path(folder) / "texts")
+        dist.barrier()
+        for seqlen in options.long_tokens:
+            parts, recompute = LONG[seqlen]
+            keys = [
+                f"data.seqlen={seqlen}", f"parts={parts}", f"recompute={recompute}", f"parallel.cp={groups.cp.size}",
+                "global_batch=1", "micro_batch=1", "data.validation_fraction=0.4", "schedule.warmup_steps=2",
+                f"out={shared[0]}/run", f"data.cache={shared[0]}/data", f"data.source={shared[0]}/texts",
+            ]  # fmt: skip
+            file = str(ROOT / "examples" / "mamba2_1_3b.yaml")
+            config = parse(TrainConfig, "train", [file, *keys], with_file=True)
+            torch.cuda.reset_peak_memory_stats()
+            trainer, updates = Trainer(config, Path(config.out), device), []
+            for _ in range(options.steps):
+                updates.append(trainer._update())
+                say(f"update {len(updates)}: {updates[-1]}")
+            speed = statistics.median(update["tokens_per_s"] for update in updates[1:])
+            case = f"Mamba-2 1.3B, {seqlen:,} tokens a sequence in {parts} parts, recompute {recompute}"
+            yield make_row("long context", case, speed, None, None, "tokens/s") | {
+                "peak_GiB": slowest(torch.cuda.max_memory_allocated() / GIB, groups.cp),
+                "mfu": statistics.median(update["mfu"] for update in updates[1:]),
+                "losses": [update["loss"] for update in updates],
+            }
+            del trainer
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def write_texts(folder: Path, characters: int = 12_000_000) -> None:
+    """The Python sources of the standard library and of PyTorch, as a few long documents."""
+    folder.mkdir()
+    sources = [*find_files("stdlib"), *sorted(Path(torch.__file__).parent.rglob("*.py"))]
+    text = "".join(source.read_text(errors="ignore") for source in sources)
+    for index, start in enumerate(range(0, len(text), characters)):
+        (folder / f"{index}.txt").write_text(text[start : start + characters])
+
+
 def table_row(row: dict) -> str:
     show = lambda name, form: "-" if row.get(name) is None else format(row[name], form)  # noqa: E731
-    columns = "".join(f"{show(name, '.3f'):>9}" for name in ("ours", "peer", "ratio", "over", "graph"))
+    columns = "".join(f"{show(name, '.3f'):>9}" for name in ("ours", "peer", "ratio", "over", "graph", "peak_GiB"))
     return f"{row['what']:32} {row['case']:64} {row['unit']:3}{columns}"
 
 

@@ -409,11 +409,15 @@ def origin() -> dict:
 def write(results: dict, name: str = "ssd") -> Path:
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{results['device'].split()[0].lower()}.json"
+    path = results_path(name, results["device"], folder)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(results, indent=1) + "\n")
     os.replace(unfinished, path)
     return path
+
+
+def results_path(name: str, device: str, folder: Path) -> Path:
+    return folder / f"{name}-{device.split()[0].lower()}.json"
 
 
 def plot(results: dict) -> None:

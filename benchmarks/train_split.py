@@ -3,19 +3,21 @@
     python benchmarks/train_split.py [--splits "cp=2 zigzag"] [--seeds 0 1 2] [--steps 200] [--device cuda|cpu]
     python benchmarks/train_split.py --plot benchmarks/results/train-split-h200.json
 
-One GPU with `compile=true` rounds differently in bfloat16 and computes the same: how far that takes a curve from one
-GPU's is the noise, and no split should take it much further. Prints a table and writes
-benchmarks/results/train-split-<device>.json; with --plot draws docs/train-split.png from it.
+The noise of bfloat16 is how far the curve of one GPU is from that of one GPU in float32. Two such curves differ by the
+root of two times the noise, and no split's should differ from one GPU's by more than a little above that. Other runs of
+one GPU that compute the same with other roundings, compiled and in micro-batches, are shown beside. Prints a table and
+writes benchmarks/results/train-split-<device>.json; with --plot draws docs/train-split.png from it.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -27,13 +29,19 @@ from mamba2_dist.train.metrics import read_history
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "examples" / "hybrid_20m.yaml")
-WHOLE, NOISE = "one GPU", "one GPU, compiled"
+WHOLE, EXACT = "one GPU", "one GPU, float32"
+ALONE = {
+    WHOLE: [],
+    EXACT: ["precision=fp32"],
+    "one GPU, compiled": ["compile=true"],
+    "one GPU, micro-batches": ["micro_batch=2"],
+}
 SPLITS = {
     "tp=2": ["parallel.tp=2"],
     "cp=2": ["parallel.cp=2", "parallel.layout=contiguous"],
     "cp=2 zigzag": ["parallel.cp=2", "parallel.layout=zigzag"],
 }
-MUCH = 1.5  # times the noise, root of the mean square over updates and seeds
+MUCH = 1.5  # times the noise; root of the mean square over updates and seeds
 
 
 def main() -> None:
@@ -43,6 +51,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--keys", nargs="*", default=[], help="further key=value for every run")
+    parser.add_argument("--together", type=int, default=3, help="runs at a time on every GPU")
     parser.add_argument("--plot", metavar="RESULTS", help="only draw the curves of a results file")
     options = parser.parse_args()
     if options.plot:
@@ -50,43 +59,51 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         curves = run_all(Path(folder), options)
-    rows = [compare(split, seed, curve, curves[WHOLE, seed]) for (split, seed), curve in curves.items()]
-    heads = ("split", "seed", "first loss", "last loss", "validation", "difference", "largest", "tokens/s")
-    print("{:18} {:>4} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10}".format(*heads))
+    rows = [
+        compare(split, seed, curve, curves[WHOLE, seed], curves[EXACT, seed]) for (split, seed), curve in curves.items()
+    ]
+    heads = ("split", "seed", "first loss", "last loss", "validation", "difference", "largest", "to float32")
+    print("{:22} {:>4} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10}".format(*heads))
     for row in rows:
         print(
-            f"{row['case']:18} {row['seed']:4} {row['first']:10.4f} {row['ours']:10.4f} {row['validation']:10.4f} "
-            f"{row['difference']:10.2e} {row['largest_difference']:10.2e} {row['tokens_per_s']:10,.0f}"
+            f"{row['case']:22} {row['seed']:4} {row['first']:10.4f} {row['ours']:10.4f} {row['validation']:10.4f} "
+            f"{row['difference']:10.2e} {row['largest_difference']:10.2e} {row['to_float32']:10.2e}"
         )
     write(rows, options.device)
-    spread = {split: pooled(rows, split) for split in (NOISE, *options.splits)}
-    for split in options.splits:
-        print(f"{split}: {spread[split] / spread[NOISE]:.2f} times the noise ({spread[NOISE]:.2e})")
-    raise SystemExit(0 if all(each <= MUCH * spread[NOISE] for each in spread.values()) else 1)
+    noise = pooled(rows, EXACT)
+    spread = {split: pooled(rows, split) for split in (*ALONE, *options.splits)}
+    for split, each in spread.items():
+        print(f"{split}: {each / noise:.2f} times the noise ({noise:.2e})")
+    raise SystemExit(0 if all(spread[split] <= MUCH * noise for split in options.splits) else 1)
 
 
 def pooled(rows: list[dict], split: str) -> float:
     """The relative difference of all seeds' curves from one GPU's, as the root of the mean square."""
-    mine = [row["difference"] for row in rows if row["case"] == split]
-    return math.sqrt(sum(each**2 for each in mine) / len(mine))
+    return root_mean_square([row["difference"] for row in rows if row["case"] == split])
+
+
+def root_mean_square(values: list[float]) -> float:
+    return math.sqrt(sum(each**2 for each in values) / len(values))
 
 
 def run_all(folder: Path, options: argparse.Namespace) -> dict[tuple[str, int], list[dict]]:
-    """Histories by split and seed; runs on one GPU go side by side, one on each."""
+    """Histories by split and seed; a few runs at a time, those on one GPU spread over all."""
     gpus = max(torch.cuda.device_count() if options.device == "cuda" else 1, 1)
-    alone = [(split, seed) for seed in options.seeds for split in (WHOLE, NOISE)]
     config = parse(TrainConfig, "train", [CONFIG, f"data.cache={folder / 'data'}", *options.keys], with_file=True)
     data.prepare(config.data, config.architecture.vocab_size)  # once
-    with ThreadPoolExecutor(gpus) as pool:
+    places = itertools.count()
+    with ThreadPoolExecutor(gpus * options.together) as alone, ThreadPoolExecutor(options.together) as together:
         jobs = {}
-        for index, (split, seed) in enumerate(alone):
-            keys = [*options.keys, *["compile=true"] * (split == NOISE)]
-            jobs[split, seed] = pool.submit(run, folder, split, seed, keys, options, index % gpus)
-        curves = {place: job.result() for place, job in jobs.items()}
-    for split in options.splits:
         for seed in options.seeds:
-            curves[split, seed] = run(folder, split, seed, [*options.keys, *SPLITS[split]], options)
-    return curves
+            for split, keys in ALONE.items():
+                place = next(places) % gpus
+                jobs[split, seed] = alone.submit(run, folder, split, seed, [*options.keys, *keys], options, place)
+        wait(jobs.values())
+        for seed in options.seeds:
+            for split in options.splits:
+                keys = [*options.keys, *SPLITS[split]]
+                jobs[split, seed] = together.submit(run, folder, split, seed, keys, options)
+        return {place: job.result() for place, job in jobs.items()}
 
 
 def run(
@@ -105,12 +122,10 @@ def run(
     return read_history(out)
 
 
-def compare(split: str, seed: int, curve: list[dict], reference: list[dict]) -> dict:
-    """One row of the results: losses against one GPU's, update by update."""
-    losses = [row["loss"] for row in curve if "loss" in row]
-    expected = [row["loss"] for row in reference if "loss" in row]
-    differences = [abs(a - b) / b for a, b in zip(losses, expected, strict=True)]
-    speeds = sorted(row["tokens_per_s"] for row in curve if "tokens_per_s" in row)
+def compare(split: str, seed: int, *curves: list[dict]) -> dict:
+    """One row of the results: losses against one GPU's, update by update, and against one GPU's in float32."""
+    losses, expected, exact = ([row["loss"] for row in curve if "loss" in row] for curve in curves)
+    differences = relative(losses, expected)
     return {
         "what": "loss after training",
         "case": split,
@@ -121,13 +136,17 @@ def compare(split: str, seed: int, curve: list[dict], reference: list[dict]) -> 
         "ratio": None,
         "unit": "nats per token",
         "first": losses[0],
-        "validation": next(row["validation"] for row in reversed(curve) if "validation" in row),
-        "difference": math.sqrt(sum(each**2 for each in differences) / len(differences)),
+        "validation": next(row["validation"] for row in reversed(curves[0]) if "validation" in row),
+        "difference": root_mean_square(differences),
         "largest_difference": max(differences),
+        "to_float32": root_mean_square(relative(losses, exact)),
         "updates": len(losses),
-        "tokens_per_s": speeds[len(speeds) // 2],
         "losses": losses,
     }
+
+
+def relative(losses: list[float], expected: list[float]) -> list[float]:
+    return [abs(a - b) / b for a, b in zip(losses, expected, strict=True)]
 
 
 def write(rows: list[dict], device: str) -> None:
@@ -166,8 +185,8 @@ def plot(results: dict) -> None:
         if first:
             above.plot(updates, row["losses"], label=row["case"], color=colors[row["case"]], lw=1)
         if row["case"] != WHOLE:
-            pairs = zip(row["losses"], references[row["seed"]], strict=True)
-            below.semilogy(updates, [max(abs(a - b) / b, 1e-9) for a, b in pairs], color=colors[row["case"]], lw=0.6)
+            differences = relative(row["losses"], references[row["seed"]])
+            below.semilogy(updates, [max(each, 1e-9) for each in differences], color=colors[row["case"]], lw=0.6)
     above.set(ylabel="nats per token", title=f"{results['device']}, torch {results['torch']}, bf16")
     below.set(ylabel="relative difference", xlabel="update", ylim=(1e-8, 2e-2))
     above.legend()
