@@ -165,12 +165,13 @@ class _Serial(torch.autograd.Function):
 
         over.hand_on(ahead)
         over.hand_on(back, reverse=True)
-        found = zip(*(span.gradients() for span in spans), strict=True)
+        # a rank may hold no segment
+        found = zip(*(span.gradients() for span in spans), strict=True) if spans else [()] * len(tensors)
         # x, dt, B and C have tokens; all share A, D and dt_bias
         gradients = []
         for tensor, parts, has_tokens in zip(tensors, found, (1, 1, 0, 1, 1, 0, 0), strict=True):
             if tensor is None:
                 gradients.append(None)
             else:
-                gradients.append(over.join(parts, tensor) if has_tokens else sum(parts))
+                gradients.append(over.join(parts, tensor) if has_tokens else sum(parts, torch.zeros_like(tensor)))
         return None, *gradients

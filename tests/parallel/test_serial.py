@@ -4,9 +4,13 @@ import functools
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from mamba2_dist import SegmentTable
+from mamba2_dist.parallel.segments import Segment
 from mamba2_dist.parallel.serial import SerialSSD
+from mamba2_dist.parallel.serial_conv import serial_conv1d
 
 from ..distributed import run_ranks
 from ..splits import groups_of, make_table
@@ -72,3 +76,55 @@ def test_any_cut(ranks, layout):
 def test_bits_of_one_rank(layout):
     table = getattr(SegmentTable, layout)(512, 2, documents=[[0, 512], [0, 128, 512]])
     run_ranks(2, _compare, table, torch.float32, "triton", True)
+
+
+def _convolve(table: SegmentTable, group, x, weight, bias, dy, backend) -> dict[str, torch.Tensor]:
+    """Parts and gradients, of this rank's tokens; the last two channels are not convolved."""
+    leaves = [t.detach().requires_grad_() for t in (table.shard(x, group.rank), weight, bias)]
+    parts, again = serial_conv1d(*leaves, [5, 3], table, group, activation="silu", backend=backend)
+    y = torch.cat(parts, -1)
+    assert torch.equal(y, torch.cat(again(), -1))
+    (y * table.shard(dy, group.rank)).sum().backward()
+    return dict(zip(("y", "dx", "dweight", "dbias"), (y.detach(), *(leaf.grad for leaf in leaves)), strict=True))
+
+
+def _compare_conv(table: SegmentTable, dtype: torch.dtype, backend: str, bitwise: bool):
+    group = groups_of(1, table.ranks).states
+    x, dy = (torch.randn(table.batch, table.seqlen, 10, dtype=dtype) for _ in range(2))
+    weight, bias = torch.randn(8, 4, dtype=dtype), torch.randn(8, dtype=dtype)
+    whole = SegmentTable.contiguous(table.seqlen, 1, documents=table.documents)
+    expected = _convolve(whole, _alone(), x, weight, bias, dy, backend)
+    actual = _convolve(table, group, x, weight, bias, dy, backend)
+    for name in ("dweight", "dbias"):
+        torch.distributed.all_reduce(actual[name])
+        assert_close(actual[name], expected[name], EXACT if dtype == torch.float64 else RELATIVE[dtype], name)
+    for name in ("y", "dx"):
+        mine = table.shard(expected[name], group.rank)
+        if bitwise:
+            assert torch.equal(actual[name], mine), name
+        else:
+            assert_close(actual[name], mine, EXACT, name)
+
+
+rows = st.lists(st.lists(st.integers(0, 21), max_size=5).map(sorted), min_size=1, max_size=3)
+cuts = st.lists(st.integers(0, 21), min_size=2, max_size=5).map(sorted)
+
+
+# a failure ends the ranks, so looking for a smaller one would take minutes
+@settings(max_examples=40, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(rows, cuts, st.data())
+def test_convolution_with_any_cuts_and_documents(documents, cuts, data):
+    edges = [0, *cuts, 21]
+    owners = [data.draw(st.integers(0, 2)) for _ in edges[1:]]
+    slots = [owners[:i].count(owner) for i, owner in enumerate(owners)]
+    segments = [Segment(edges[i], edges[i + 1], owners[i], slots[i]) for i in range(len(owners))]
+    table = SegmentTable(segments, ranks=3, documents=[[0, *row, 21] for row in documents])
+    run_ranks(3, _compare_conv, table, torch.float64, "torch", False)
+    run_ranks(3, _compare, table, torch.float64, "torch", False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the ranks hold CPU tensors, which only the interpreter takes")
+@pytest.mark.parametrize("lengths", [[300, 212], [1, 511], [256, 0, 256], [510, 2]])
+def test_convolutions_bits_of_one_rank(lengths):
+    table = SegmentTable.uneven(lengths, documents=[[0, 512], [0, 255, 299, 511, 512]])
+    run_ranks(len(lengths), _compare_conv, table, torch.float32, "triton", True)
