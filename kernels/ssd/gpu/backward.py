@@ -59,6 +59,7 @@ class Gradients:
 def backward(
     problem: Problem, D: Tensor | None, initial: Tensor | None, entering: Tensor | None, dy: Tensor | None,
     d_final: Tensor | None, gate: tuple[Tensor, Tensor] | None = None, d_swept: Swept | None = None,
+    wants_d_initial: bool = True,
 ) -> Gradients:  # fmt: skip
     """Gradients from those of y (None: not used) and of the final states (None: not used). entering: as `forward` kept
     it, None: not kept; gate: y before the gate, and z; d_swept: where the spans have been swept back already."""
@@ -74,7 +75,7 @@ def backward(
     none = table.no_span
 
     d_initial = None
-    if initial is not None:
+    if initial is not None and wants_d_initial:
         d_initial = torch.zeros_like(initial)
         if d_final is not None and table.through.shape[1]:
             d_initial[table.through[0]] = d_final[table.through[1]]
@@ -146,22 +147,21 @@ class WholeBackward:
     def ahead(self, initial: Tensor, count: int) -> Tensor:
         """The states left by `count` documents, from those that enter."""
         problem, made, table = self.problem, self.made, self.problem.table
-        initial = pad_states(initial, problem.config)
-        left = final_states(problem, initial, count)
-        way = Way(problem.x, problem.B, initial, table.span_initial, left, table.last_final, made.h, made.h_scales)
+        entering = pad_states(initial, problem.config)
+        left = final_states(problem, entering, count)
+        way = Way(problem.x, problem.B, entering, table.span_initial, left, table.last_final, made.h, made.h_scales)
         sweep(problem, self.steps, problem.config.chunk, way, None, 0, problem.nheads)
         return unpad_states(problem, left)
 
     def back(self, d_final: Tensor, count: int) -> Tensor:
         """The gradients of `count` states that enter, from those of the states left."""
         problem, made, table = self.problem, self.made, self.problem.table
-        d_final = pad_states(d_final, problem.config)
+        d_left = pad_states(d_final, problem.config)
+        assert d_left is not None
         d_initial = new_states(problem, count).zero_()
         if table.through.shape[1]:
-            d_initial[table.through[0]] = d_final[table.through[1]]
-        way = Way(
-            self.dy, problem.C, d_final, table.span_final, d_initial, table.first_initial, made.dh, made.dh_scales
-        )
+            d_initial[table.through[0]] = d_left[table.through[1]]
+        way = Way(self.dy, problem.C, d_left, table.span_final, d_initial, table.first_initial, made.dh, made.dh_scales)
         sweep(problem, self.steps, problem.config.chunk, None, way, 0, problem.nheads)
         return unpad_states(problem, d_initial)
 

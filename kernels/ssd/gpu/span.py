@@ -51,7 +51,7 @@ class GPUSpan:
 
     def gradients(self, dy, entering, d_leaving, kept=None) -> tuple[Tensor | None, ...]:
         kept = kept if kept is not None and kept.numel() else None
-        made = backward(self.problem, self.D, entering, kept, dy, d_leaving, d_swept=self.swept)
+        made = backward(self.problem, self.D, entering, kept, dy, d_leaving, d_swept=self.swept, wants_d_initial=False)
         return self._in_their_dtypes(made)
 
     def _in_their_dtypes(self, made: Gradients) -> tuple[Tensor | None, ...]:
