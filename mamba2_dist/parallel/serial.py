@@ -56,22 +56,17 @@ class SerialSSD:
         self.local = table.local(group.rank)
         self.options: dict[str, Any] = {"dt_softplus": dt_softplus, "dt_limit": dt_limit, "backend": backend}
         self.tensors: tuple | None = (x, dt, A, B, C, D, dt_bias)
-        self.parameters = dt, A, D, dt_bias
-        wide = torch.promote_types(x.dtype, torch.float32)
-        self.nothing = x.new_zeros(table.batch, *x.shape[2:], B.shape[3], dtype=wide)
+        self.entering: list[Any] = []  # of each slot, once it is known
 
-    def outputs(self) -> Tensor:
-        """y like x."""
+    def outputs(self) -> tuple[Tensor, Callable[..., Tensor]]:
+        """y like x, and what gives it again of the same (x, dt, A, B, C, D, dt_bias) without communicating."""
         tensors, self.tensors = self.tensors, None
         assert tensors is not None, "outputs are asked for once"
-        return _Serial.apply(self, *tensors)
-
-    def again(self, x: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        """The same y of the same x, B and C, without communicating."""
-        dt, A, D, dt_bias = self.parameters
-        tensors = x, dt, A, B, C, D, dt_bias
-        parts = [self.span(slot, tensors).forward(self.entering[slot])[0] for slot in range(len(self.local.segments))]
-        return self.join(parts, x)
+        y = _Serial.apply(self, *tensors)
+        entering, self.entering, self.carry = self.entering, [], None
+        return y, lambda *tensors: self.join(
+            [self.span(slot, tensors).forward(state)[0] for slot, state in enumerate(entering)], tensors[0]
+        )
 
     def part(self, slot: int) -> _Part:
         """What is known of a segment on the host; kept for the next layer."""
@@ -105,70 +100,69 @@ class SerialSSD:
         continues = self.local.tensor("continues", state.device)[slot]
         return torch.where(continues[:, None, None, None], state, 0.0)
 
-    def enter(self, slot: int, arrived: Tensor) -> Tensor:
-        """What enters a segment, from what the one before left."""
-        carry = self.carry
-        if carry is not None and slot == carry.opening and carry.initial_states is not None:
-            return carry.initial_states
-        return self.where_continued(slot, arrived)
+    def nothing(self, tensors: Sequence[Any]) -> Tensor:
+        """No state, (batch, nheads, headdim, d_state)."""
+        x, _, _, B, *_ = tensors
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return x.new_zeros(self.table.batch, *x.shape[2:], B.shape[3], dtype=wide)
 
-    def hand_on(self, step: Callable[[int, Tensor], Tensor], *, reverse: bool = False) -> None:
-        """`step(slot, arrived)` gives what goes on to the next segment, in causal order or from the last back."""
+    def hand_on(self, step: Callable[[int, Tensor], Tensor], state: Tensor, *, reverse: bool = False) -> None:
+        """`step(slot, arrived)` gives what goes on to the next segment, in causal order or from the last back; at the
+        first `state` arrives."""
         direction = -1 if reverse else 1
         holders, slots = (numbers[::direction].tolist() for numbers in (self.table.holders, self.table.places))
-        carrier, me, state = ProcessGroups(self.group), self.group.rank, self.nothing
-        for position, holder in enumerate(holders):
+        carrier, me, like = ProcessGroups(self.group), self.group.rank, state
+        for slot, holder, previous, following in zip(slots, holders, [me, *holders], [*holders[1:], me], strict=False):
             if holder != me:
                 continue
-            previous = holders[position - 1] if position else None
-            if previous is None:
-                state = self.nothing
-            elif previous != me:
-                request = Messages({}, {previous: self.nothing.numel()}, self.nothing)
-                state = carrier.carry(request)[previous].view_as(self.nothing)
-            state = step(slots[position], state)
-            if position + 1 < len(holders) and holders[position + 1] != me:
-                carrier.carry(Messages({holders[position + 1]: state.flatten()}, {}, self.nothing))
+            if previous != me:
+                state = carrier.carry(Messages({}, {previous: like.numel()}, like))[previous].view_as(like)
+            state = step(slot, state)
+            if following != me:
+                carrier.carry(Messages({following: state.flatten()}, {}, like))
 
 
 class _Serial(torch.autograd.Function):
     @staticmethod
     def forward(ctx, over, *tensors):
-        slots = len(over.local.segments)
-        ys, over.entering = [None] * slots, [None] * slots
+        slots, carry = len(over.local.segments), over.carry
+        ys, over.entering, final = [None] * slots, [None] * slots, None
 
         def step(slot: int, arrived: Tensor) -> Tensor:
-            over.entering[slot] = over.enter(slot, arrived)
+            nonlocal final
+            over.entering[slot] = over.where_continued(slot, arrived)
             ys[slot], left = over.span(slot, tensors).forward(over.entering[slot])
-            if over.carry is not None and slot == over.carry.closing:
-                over.final = left
+            if carry is not None and slot == carry.closing:
+                final = left
             return left
 
-        over.hand_on(step)
-        if over.carry is not None:
-            over.carry.leave_states(over.__dict__.pop("final", None))
-        ctx.save_for_backward(*tensors)
+        initial = None if carry is None else carry.initial_states
+        over.hand_on(step, over.nothing(tensors) if initial is None else initial)
+        if carry is not None:
+            carry.leave_states(final)
+        ctx.save_for_backward(*tensors, initial)
         ctx.over = over
         return over.join(ys, tensors[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        over, tensors = ctx.over, ctx.saved_tensors
+        over, (*tensors, initial) = ctx.over, ctx.saved_tensors
         spans = [over.span(slot, tensors) for slot in range(len(over.local.segments))]
 
         def ahead(slot: int, arrived: Tensor) -> Tensor:
-            return spans[slot].left_again(over.tokens(dy, slot), over.enter(slot, arrived))
+            return spans[slot].left_again(over.tokens(dy, slot), over.where_continued(slot, arrived))
 
         def back(slot: int, arrived: Tensor) -> Tensor:
             return over.where_continued(slot, spans[slot].back(arrived))
 
-        over.hand_on(ahead)
-        over.hand_on(back, reverse=True)
+        nothing = over.nothing(tensors)
+        over.hand_on(ahead, nothing if initial is None else initial)
+        over.hand_on(back, nothing, reverse=True)
         # a rank may hold no segment
         found = zip(*(span.gradients() for span in spans), strict=True) if spans else [()] * len(tensors)
-        # x, dt, B and C have tokens; all share A, D and dt_bias
         gradients = []
+        # x, dt, B and C have tokens; all share A, D and dt_bias
         for tensor, parts, has_tokens in zip(tensors, found, (1, 1, 0, 1, 1, 0, 0), strict=True):
             if tensor is None:
                 gradients.append(None)
