@@ -3,6 +3,7 @@
 from .config import AttentionConfig, HybridConfig, Mamba2Config, MLPConfig, ParallelConfig
 from .models import presets
 from .models.hybrid_model import HybridModel
+from .models.parts import backward_in_parts
 from .modules.mixer import Mamba2Mixer
 from .parallel.groups import ParallelGroups
 from .parallel.segments import SegmentTable
@@ -19,5 +20,6 @@ __all__ = [
     "ParallelConfig",
     "ParallelGroups",
     "SegmentTable",
+    "backward_in_parts",
     "presets",
 ]

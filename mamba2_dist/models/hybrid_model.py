@@ -125,7 +125,8 @@ class HybridModel(nn.Module):
         tokens: (batch, seqlen/cp); labels: the same, each token's successor, -100 where none is asked for.
         segments: how the sequence is cut over cp; None: rows of one document each, cp must be 1.
         memory: from `new_memory`; Mamba-2 layers' states at the end of the batch before, which enter the rows that
-            segments say are carried. Brought up to date, without gradient. Attention sees the batch's tokens only.
+            segments say are carried. Brought up to date, with a gradient where what entered requires one. Attention
+            sees the batch's tokens only.
         """
         if segments is None:
             if self.groups.cp.size > 1:

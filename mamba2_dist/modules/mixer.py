@@ -1,13 +1,13 @@
 """The Mamba-2 mixer: in_proj, conv1d, SSD, gated norm, out_proj (arXiv 2405.21060, section 7)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from mamba2_dist.config import Mamba2Config
-from mamba2_dist.kernels.common.checks import check_shape
+from mamba2_dist.kernels.common.checks import check_device, check_shape
 from mamba2_dist.kernels.ssd import discretize, mamba_chunk_scan_combined, ssd_matrix
 from mamba2_dist.parallel.carry import Carry
 from mamba2_dist.parallel.groups import ParallelGroups
@@ -28,13 +28,14 @@ def _whole_rows(x: Tensor) -> SegmentTable:
     return SegmentTable.contiguous(x.shape[1], 1, batch=x.shape[0])
 
 
-@dataclass
 class Mamba2Cache:
-    """What a mixer remembers of the tokens before: (batch, d_conv - 1, channels/tp) and
+    """What a mixer remembers of the tokens before: conv, (batch, d_conv - 1, channels/tp), and ssm,
     (batch, nheads/tp, headdim, d_state)."""
 
-    conv: Tensor
-    ssm: Tensor
+    # no dataclass: FSDP hands modules copies of those whose tensors require gradients, and the module sets what is left
+
+    def __init__(self, conv: Tensor, ssm: Tensor):
+        self.conv, self.ssm = conv, ssm
 
 
 class Mamba2Mixer(PartitionedModule):
@@ -113,8 +114,8 @@ class Mamba2Mixer(PartitionedModule):
         """(batch, seqlen/cp, d_model) -> the same; with sequence_parallel (batch, seqlen/cp/tp, d_model).
 
         segments: how the sequence is cut over cp; None: rows of one document each, cp must be 1.
-        memory: what the rows of the batch before left, which enters those that are carried; brought up to date, without
-            gradient, on every rank of cp.
+        memory: what the rows of the batch before left, which enters those that are carried; brought up to date on every
+            rank of cp. What is left has a gradient where what entered requires one.
         """
         if segments is None and self.cp.size > 1:
             raise ValueError(f"segments must be given when cp ({self.cp.size}) is above 1")
@@ -156,12 +157,12 @@ class Mamba2Mixer(PartitionedModule):
 
     def new_cache(self, batch: int) -> Mamba2Cache:
         """The memory before the first token."""
-        share, config = self.share, self.config
-        like = self.A_log.new_zeros
-        ssm_dtype = torch.promote_types(self.A_log.dtype, torch.float32)
+        share, config, like = self.share, self.config, self.A_log
+        wide = torch.promote_types(like.dtype, torch.float32)
+        # parameters may be sharded, this is not
         return Mamba2Cache(
-            like(batch, config.d_conv - 1, share.conv1d.length),
-            like(batch, share.nheads_local, config.headdim, config.d_state, dtype=ssm_dtype),
+            torch.zeros(batch, config.d_conv - 1, share.conv1d.length, dtype=like.dtype, device=like.device),
+            torch.zeros(batch, share.nheads_local, config.headdim, config.d_state, dtype=wide, device=like.device),
         )
 
     def cache_partitions(self) -> dict[str, Partition]:
@@ -175,6 +176,7 @@ class Mamba2Mixer(PartitionedModule):
             ("ssm", memory.ssm, (batch, share.nheads_local, config.headdim, config.d_state)),
         ):
             check_shape(f"memory.{name}", tensor, expected, "that of new_cache(batch)")
+            check_device(f"memory.{name}", tensor, self.A_log.device)
 
     def step(self, u: Tensor, cache: Mamba2Cache) -> Tensor:
         """One token, (batch, 1, d_model) -> the same, after those in `cache`, which is brought up to date."""

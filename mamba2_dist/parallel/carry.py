@@ -1,8 +1,9 @@
-"""The state that rows take from the batch before and leave to the next, without gradient.
+"""The state that rows take from the batch before and leave to the next, with gradient where it requires one.
 
 Each rank of the group has all of it, so that the next batch may be cut in another way. What enters a row goes through
 its first segment to the others by the exchange that they have anyway; the rank with the row's last token knows what
-leaves it, and broadcasts that.
+leaves it, and broadcasts that. Backward, ranks' gradients of what entered are summed, and the gradient of what left,
+which every rank has, goes on from the row's last token.
 """
 
 import math
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mamba2_dist.kernels.common.transfer import to_device
 
-from .collectives import broadcast_over
+from .collectives import broadcast_over, replicate
 from .groups import Group
 from .segments import SegmentTable
 
@@ -28,6 +30,17 @@ class _LastInputs:
     before: Tensor  # those among what precedes its pieces, piece * (d_conv - 1) + place
     order: Tensor  # (batch * (d_conv - 1),) where each stands among both
 
+    def take(self, inputs: Tensor, halo: Tensor) -> Tensor:
+        """(batch * (d_conv - 1), channels), from (tokens, channels) and (pieces * (d_conv - 1), channels)."""
+        return torch.cat([inputs.index_select(0, self.tokens), halo[self.before]]).index_select(0, self.order)
+
+    def give_back(self, d_taken: Tensor, d_inputs: Tensor, d_halo: Tensor) -> Tensor:
+        """Add the gradients of what was taken to those of inputs, in place; and of halo, which is returned."""
+        both = torch.empty_like(d_taken).index_copy_(0, self.order, d_taken)
+        d_tokens, d_before = both.split([len(self.tokens), len(self.before)])
+        d_inputs.index_add_(0, self.tokens, d_tokens)
+        return d_halo.index_add(0, self.before, d_before)
+
 
 class Carry:
     """One layer's, for one batch.
@@ -37,6 +50,10 @@ class Carry:
     """
 
     def __init__(self, conv: Tensor, ssm: Tensor, table: SegmentTable, group: Group):
+        self.differentiable = torch.is_grad_enabled() and (conv.requires_grad or ssm.requires_grad)
+        """Whether gradients pass to what enters and from what leaves."""
+        if self.differentiable:
+            conv, ssm = replicate(conv, group), replicate(ssm, group)
         self.conv, self.ssm, self.table, self.group = conv, ssm, table, group
         self.local = table.local(group.rank)
         self.initial_states: Tensor | None = None
@@ -48,20 +65,16 @@ class Carry:
         self.opening, self.closing = (
             segment.slot if segment.rank == group.rank else None for segment in (table.segments[0], table.closing)
         )
+        self.last_inputs = self.final_states = conv.new_empty(0)
+        """What this rank knows of what leaves."""
         self._left: Callable[[], Tensor] | None = None
 
-    @torch.no_grad()
-    def leave_conv(self, x: Tensor, halo: Tensor | None) -> None:
-        """Take the last inputs of each row from x, (batch, seqlen/cp, channels/tp), and from what precedes its pieces,
-        (pieces, d_conv - 1, channels/tp)."""
+    def find_last_inputs(self, device: torch.device) -> _LastInputs | None:
+        """None: another rank has them."""
         if self.closing is None:
-            return
-        reach, channels = self.conv.shape[1:]
-        last = self.local.kept(("carry", reach, x.device), lambda: self._find_last_inputs(reach, x.device))
-        rows = x.flatten(0, 1).index_select(0, last.tokens)
-        # nothing precedes any piece where there is no halo
-        others = rows.new_zeros(len(last.before), channels) if halo is None else halo.flatten(0, 1)[last.before]
-        self.last_inputs = torch.cat([rows, others]).index_select(0, last.order)
+            return None
+        reach = self.conv.shape[1]
+        return self.local.kept(("carry", reach, device), lambda: self._find_last_inputs(reach, device))
 
     def _find_last_inputs(self, reach: int, device: torch.device) -> _LastInputs:
         last, offsets = self.local.last[self.closing], np.asarray(self.local.documents.offsets)
@@ -80,36 +93,59 @@ class Carry:
             self.own_state = states[self.closing]
         if self.initial_states is None or self.opening is None:
             return state
-        states = states.clone()  # others may read what a segment leaves by itself
-        states[self.opening] += decay[self.opening] * self.initial_states
-        return states.view(state.shape)
+        return added_at(states, self.opening, decay[self.opening] * self.initial_states).view(state.shape)
 
-    def enter(self, entering: Tensor, decay: Tensor) -> Tensor:
-        """What enters the segments, (segments, batch, nheads/tp, headdim, d_state), the first included; what leaves the
-        last is known then."""
+    def enter(self, entering: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+        """What enters the segments, (segments, batch, nheads/tp, headdim, d_state), the first included; and what leaves
+        the last, which is known then, where it is this rank's."""
         if self.initial_states is not None and self.opening is not None:
-            entering = entering.clone()
-            entering[self.opening] += self.initial_states
-        if self.closing is None:
-            self.leave_states(None)
-        else:
-            self.leave_states(decay[self.closing] * entering[self.closing] + self.own_state)
+            entering = added_at(entering, self.opening, self.initial_states)
+        final_states = entering.new_empty(0)
+        if self.closing is not None:
+            final_states = decay[self.closing] * entering[self.closing] + self.own_state
             del self.own_state
-        return entering
+        self.leave(final_states)
+        return entering, final_states
 
-    def leave_states(self, final_states: Tensor | None) -> None:
+    def leave(self, final_states: Tensor) -> None:
         """Begin to tell every rank what leaves the rows, which the one with their last token knows; it is like ssm."""
-        if final_states is None:
-            packed = self.ssm.new_empty(self.ssm.numel() + self.conv.numel())
-        else:
-            parts = final_states.detach(), self.last_inputs
-            packed = torch.cat([part.to(self.ssm.dtype).flatten() for part in parts])
-            del self.last_inputs
+        self.final_states = final_states
+        packed = self.ssm.new_empty(self.ssm.numel() + self.conv.numel())
+        if self.closing is not None:
+            parts = final_states.detach(), self.last_inputs.detach()
+            torch.cat([part.to(packed.dtype).flatten() for part in parts], out=packed)
         self._left = broadcast_over(packed, self.group, self.table.closing.rank)
 
     def left(self) -> tuple[Tensor, Tensor]:
         """What leaves the rows, like conv and ssm."""
         assert self._left is not None, "outputs come first"
         ssm, conv = self._left().split([math.prod(self.ssm.shape), math.prod(self.conv.shape)])
+        ssm, conv = ssm.view(self.ssm.shape), conv.view(self.conv.shape).to(self.conv.dtype)
+        if self.differentiable:
+            ssm, conv = _Left.apply(ssm, self.final_states), _Left.apply(conv, self.last_inputs)
         self._left = None
-        return conv.view(self.conv.shape).to(self.conv.dtype), ssm.view(self.ssm.shape)
+        return conv, ssm
+
+
+def added_at(states: Tensor, slot: int | None, share: Tensor) -> Tensor:
+    """(segments, ...) with `share` added to one of them; None: to none. A copy, as others may read what was there."""
+    if slot is None:
+        return states
+    states = states.clone()
+    states[slot] += share
+    return states
+
+
+class _Left(torch.autograd.Function):
+    """What was broadcast; its gradient, which all ranks have, goes to `sent`, which is empty on all but one."""
+
+    @staticmethod
+    def forward(ctx, received, sent):
+        ctx.sent = sent.shape, sent.dtype
+        return received.view_as(received)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        shape, dtype = ctx.sent
+        return None, grad.flatten()[: math.prod(shape)].view(shape).to(dtype)

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from mamba2_dist.kernels.common.transfer import to_device
 
+from .carry import Carry
 from .collectives import rows_over
 from .groups import Group
 from .segments import Segment, SegmentTable
@@ -26,49 +27,63 @@ class HaloPlan:
     target: Tensor  # (sum of received,) piece * (width - 1) + place of each row received
     remembered: Tensor  # row * (width - 1) + place of each row of the batch before that belongs here
     places: Tensor  # where it does, as in `target`
+    pieces: tuple[int, int]  # pieces of this rank, and width - 1
     needed: bool  # whether any rank of the group fetches anything
 
 
 def conv_halo(
-    x: Tensor, channels: int, width: int, table: SegmentTable, group: Group, earlier: Tensor | None = None
+    x: Tensor, channels: int, width: int, table: SegmentTable, group: Group, carry: Carry | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """x for a convolution of `width` and what precedes each piece in its document, (pieces, width - 1, channels), zeros
     where nothing does; None where nothing precedes any piece of any rank.
 
     x: (batch, seqlen/cp, at least channels), of which the first are convolved. One all-to-all over `group` of exactly
     the rows needed, from as many segments back as it takes. The convolution must be all that reads the x returned: its
-    gradient is the memory to which those of the rows are added. earlier: (batch, width - 1, channels), the last inputs
-    of the batch before, which every rank has; needed where rows are carried.
+    gradient is the memory to which those of the rows are added. carry: has the last inputs of the batch before, and
+    takes those of this one; needed where rows are carried.
     """
-    before = width - 1
-    plan = _plan(table, group.rank, before, x.device)
-    if not plan.needed:
-        return x, None
-    assert earlier is not None or not table.carried.any()
-    return _Halo.apply(x, channels, (len(table.local(group.rank).documents), before), plan, group, earlier)
+    plan = _plan(table, group.rank, width - 1, x.device)
+    if carry is None:
+        assert not table.carried.any()
+        return _Halo.apply(x, channels, plan, group, None, None)[:2] if plan.needed else (x, None)
+    x, halo, carry.last_inputs = _Halo.apply(x, channels, plan, group, carry, carry.conv)
+    return x, halo
 
 
 class _Halo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, channels, pieces, plan, group, earlier):
-        rows = x.flatten(0, 1)[:, :channels].index_select(0, plan.source)
-        rows = rows_over(rows, group, plan.sent, plan.received)
-        halo = x.new_zeros(math.prod(pieces), channels).index_copy_(0, plan.target, rows)
+    def forward(ctx, x, channels, plan, group, carry, earlier):
+        inputs = x.flatten(0, 1)[:, :channels]
+        halo = x.new_zeros(math.prod(plan.pieces), channels)
+        if plan.needed:
+            rows = inputs.index_select(0, plan.source)
+            halo.index_copy_(0, plan.target, rows_over(rows, group, plan.sent, plan.received))
         if len(plan.remembered):
             rows = earlier.flatten(0, 1).index_select(0, plan.remembered)
             halo.index_copy_(0, plan.places, rows.to(halo.dtype))
+        last = None if carry is None else carry.find_last_inputs(x.device)
+        last_inputs = x.new_empty(0) if last is None else last.take(inputs, halo)
         ctx.channels, ctx.plan, ctx.group = channels, plan, group
-        return x.view_as(x), halo.unflatten(0, pieces)
+        ctx.last = last if carry is not None and carry.differentiable else None
+        ctx.earlier = None if earlier is None else (earlier.shape, earlier.dtype)
+        return x.view_as(x), halo.unflatten(0, plan.pieces), last_inputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dx, d_halo):
-        plan = ctx.plan
-        rows = d_halo.flatten(0, 1).index_select(0, plan.target)
-        rows = rows_over(rows, ctx.group, plan.received, plan.sent)
-        dx = dx.contiguous()
-        dx.flatten(0, 1)[:, : ctx.channels].index_add_(0, plan.source, rows)
-        return dx, None, None, None, None, None
+    def backward(ctx, dx, d_halo, d_last_inputs):
+        plan, dx, d_halo = ctx.plan, dx.contiguous(), d_halo.flatten(0, 1)
+        d_inputs = dx.flatten(0, 1)[:, : ctx.channels]
+        if ctx.last is not None:
+            d_halo = ctx.last.give_back(d_last_inputs, d_inputs, d_halo)
+        if plan.needed:
+            rows = rows_over(d_halo.index_select(0, plan.target), ctx.group, plan.received, plan.sent)
+            d_inputs.index_add_(0, plan.source, rows)
+        d_earlier = None
+        if ctx.needs_input_grad[5]:
+            shape, dtype = ctx.earlier
+            d_earlier = d_halo.new_zeros(shape, dtype=dtype)
+            d_earlier.flatten(0, 1).index_add_(0, plan.remembered, d_halo.index_select(0, plan.places).to(dtype))
+        return dx, None, None, None, None, d_earlier
 
 
 def _plan(table: SegmentTable, rank: int, before: int, device: torch.device) -> HaloPlan:
@@ -98,7 +113,7 @@ def _make_plan(table: SegmentTable, rank: int, before: int, device: torch.device
     needed = before > 0 and bool(table.continued.any())  # all ranks must agree
     return HaloPlan(
         tuple(map(len, sent)), tuple(map(len, received)),
-        flat(sent), flat(received), flat([remembered]), flat([places]), needed,
+        flat(sent), flat(received), flat([remembered]), flat([places]), (len(local.documents), before), needed,
     )  # fmt: skip
 
 

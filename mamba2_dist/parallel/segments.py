@@ -201,6 +201,14 @@ class SegmentTable:
         return np.maximum.accumulate(starts, axis=1)
 
 
+def documents_between(documents: Sequence[Sequence[int]], start: int, end: int) -> dict:
+    """`documents` and `carried` of a table for tokens [start, end) of rows of documents, a batch of its own."""
+    return {
+        "documents": [[0, *(o - start for o in offsets if start < o < end), end - start] for offsets in documents],
+        "carried": [start not in offsets for offsets in documents],
+    }
+
+
 class LocalSegments:
     """One rank's tokens: (batch, length), rows of segments in slot order, cut into pieces of documents.
 

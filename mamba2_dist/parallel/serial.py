@@ -62,7 +62,10 @@ class SerialSSD:
         """y like x, and what gives it again of the same (x, dt, A, B, C, D, dt_bias) without communicating."""
         tensors, self.tensors = self.tensors, None
         assert tensors is not None, "outputs are asked for once"
-        y = _Serial.apply(self, *tensors)
+        carry = self.carry
+        y, final_states = _Serial.apply(self, None if carry is None else carry.initial_states, *tensors)
+        if carry is not None:
+            carry.final_states = final_states
         entering, self.entering, self.carry = self.entering, [], None
         return y, lambda *tensors: self.join(
             [self.span(slot, tensors).forward(state)[0] for slot, state in enumerate(entering)], tensors[0]
@@ -124,40 +127,46 @@ class SerialSSD:
 
 class _Serial(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, over, *tensors):
+    def forward(ctx, over, initial_states, *tensors):
         slots, carry = len(over.local.segments), over.carry
-        ys, over.entering, final = [None] * slots, [None] * slots, None
+        ys, over.entering = [None] * slots, [None] * slots
+        final_states = tensors[0].new_empty(0)
 
         def step(slot: int, arrived: Tensor) -> Tensor:
-            nonlocal final
+            nonlocal final_states
             over.entering[slot] = over.where_continued(slot, arrived)
             ys[slot], left = over.span(slot, tensors).forward(over.entering[slot])
             if carry is not None and slot == carry.closing:
-                final = left
+                final_states = left
             return left
 
-        initial = None if carry is None else carry.initial_states
-        over.hand_on(step, over.nothing(tensors) if initial is None else initial)
+        over.hand_on(step, over.nothing(tensors) if initial_states is None else initial_states)
+        ctx.opening = ctx.closing = None
         if carry is not None:
-            carry.leave_states(final)
-        ctx.save_for_backward(*tensors, initial)
+            carry.leave(final_states)
+            ctx.opening, ctx.closing = carry.opening, carry.closing
+        ctx.save_for_backward(*tensors, initial_states)
         ctx.over = over
-        return over.join(ys, tensors[0])
+        return over.join(ys, tensors[0]), final_states
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
-        over, (*tensors, initial) = ctx.over, ctx.saved_tensors
+    def backward(ctx, dy, d_final):
+        over, (*tensors, initial_states) = ctx.over, ctx.saved_tensors
+        nothing = d_initial = over.nothing(tensors)
         spans = [over.span(slot, tensors) for slot in range(len(over.local.segments))]
 
         def ahead(slot: int, arrived: Tensor) -> Tensor:
             return spans[slot].left_again(over.tokens(dy, slot), over.where_continued(slot, arrived))
 
         def back(slot: int, arrived: Tensor) -> Tensor:
-            return over.where_continued(slot, spans[slot].back(arrived))
+            nonlocal d_initial
+            state = over.where_continued(slot, spans[slot].back(arrived + d_final if slot == ctx.closing else arrived))
+            if slot == ctx.opening:
+                d_initial = state
+            return state
 
-        nothing = over.nothing(tensors)
-        over.hand_on(ahead, nothing if initial is None else initial)
+        over.hand_on(ahead, nothing if initial_states is None else initial_states)
         over.hand_on(back, nothing, reverse=True)
         # a rank may hold no segment
         found = zip(*(span.gradients() for span in spans), strict=True) if spans else [()] * len(tensors)
@@ -168,4 +177,4 @@ class _Serial(torch.autograd.Function):
                 gradients.append(None)
             else:
                 gradients.append(over.join(parts, tensor) if has_tokens else sum(parts, torch.zeros_like(tensor)))
-        return None, *gradients
+        return None, d_initial if ctx.needs_input_grad[1] else None, *gradients

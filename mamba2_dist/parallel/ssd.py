@@ -14,7 +14,7 @@ from mamba2_dist.kernels.conv1d import causal_conv1d_split
 from mamba2_dist.kernels.ssd import SSDSpan, mamba_chunk_scan_combined
 
 from . import state_scan
-from .carry import Carry
+from .carry import Carry, added_at
 from .groups import Group
 from .halo import conv_halo
 from .segments import SegmentTable
@@ -47,10 +47,7 @@ def conv1d_over_segments(
     carry: what enters from the batch before, and takes what leaves to the next.
     Returns the parts and what follows them, and what gives all of that again without communicating.
     """
-    earlier = None if carry is None else carry.conv
-    x, halo = conv_halo(x, sum(sizes), weight.shape[1], table, group, earlier)
-    if carry is not None:
-        carry.leave_conv(x[..., : sum(sizes)], halo)
+    x, halo = conv_halo(x, sum(sizes), weight.shape[1], table, group, carry)
     pieces = table.local(group.rank).documents
 
     def convolve() -> list[Tensor]:
@@ -99,7 +96,8 @@ class SSDOverSegments:
         self.tensors: tuple | None = (x, dt, A, B, C, D, dt_bias)
         self.entering: Tensor | None = None
         self.alone = len(table.segments) == table.ranks == 1
-        self.opened = None if self.alone else _Leave.apply(self, *self.tensors)
+        initial = None if carry is None else carry.initial_states
+        self.opened = None if self.alone else _Leave.apply(self, initial, *self.tensors)
 
     def outputs(self) -> tuple[Tensor, Callable[..., Tensor]]:
         """y like x, and what gives it again of the same (x, dt, A, B, C, D, dt_bias) without communicating."""
@@ -108,11 +106,13 @@ class SSDOverSegments:
         self.tensors = self.opened = None
         assert tensors is not None, "outputs are asked for once"
         if opened is None:
-            y, final = self._whole(*tensors)
+            y, final_states = self._whole(*tensors)
             if self.carry is not None:
-                self.carry.leave_states(final)
+                self.carry.leave(final_states)
             return y, lambda *tensors: self._whole(*tensors)[0]
-        y = _Enter.apply(self, opened, *tensors)
+        y, final_states = _Enter.apply(self, opened, *tensors)
+        if self.carry is not None:
+            self.carry.final_states = final_states
         entering, self.entering, self.carry = self.entering, None, None
         assert entering is not None
         return y, lambda *tensors: self.span(*tensors).outputs(entering)[0].view(self.shape)
@@ -164,7 +164,7 @@ class _Leave(torch.autograd.Function):
     """The states that segments leave, sent on their way; stands for the outputs in the graph until those are known."""
 
     @staticmethod
-    def forward(ctx, over, x, *others):
+    def forward(ctx, over, initial_states, x, *others):
         over.in_work = over.span(x, *others)
         state, decay = over.in_work.leaving()
         decay = decay.unflatten(0, over.local.last.shape)[..., None, None]
@@ -173,29 +173,39 @@ class _Leave(torch.autograd.Function):
         if over.carry is not None:
             state = over.carry.through_opening(state, over.decay)
         over.begin(state, over.decay)
-        ctx.over = over
+        ctx.over, ctx.opening = over, None if initial_states is None else over.carry.opening
         return x.new_empty(()).expand(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
-        span, dy, entering, kept = ctx.over.in_work
-        del ctx.over.in_work
-        gradients = span.gradients(dy, entering, ctx.over.wait(), kept)
-        found = zip(gradients, ctx.over.shapes, strict=True)
-        return None, *(None if gradient is None else gradient.view(shape) for gradient, shape in found)
+        over = ctx.over
+        span, dy, entering, kept, decay, d_entering, closing, d_final = over.in_work
+        del over.in_work
+        d_leaving = over.wait().unflatten(0, over.local.last.shape)
+        d_initial = None
+        if ctx.needs_input_grad[1]:
+            d_initial = d_leaving.new_zeros(d_leaving.shape[1:])
+            if ctx.opening is not None:
+                d_initial = decay[ctx.opening] * d_leaving[ctx.opening] + d_entering[ctx.opening]
+        d_leaving = added_at(d_leaving, closing, d_final)
+        gradients = span.gradients(dy, entering, d_leaving.flatten(0, 1), kept)
+        found = zip(gradients, over.shapes, strict=True)
+        return None, d_initial, *(None if gradient is None else gradient.view(shape) for gradient, shape in found)
 
 
 class _Enter(torch.autograd.Function):
-    """The outputs, once the states that enter are known; backward sends the gradients of these on their way."""
+    """The outputs, once the states that enter are known, and what leaves the last segment where that is carried;
+    backward sends the gradients of what entered on their way."""
 
     @staticmethod
     def forward(ctx, over, opened, *tensors):
         arrived = over.wait().unflatten(0, over.local.last.shape)
         # a segment's entering state goes to its first piece if that continues a document
-        entering = over.where("continues", arrived)
+        entering, final_states, ctx.closing = over.where("continues", arrived), None, None
         if over.carry is not None:
-            entering = over.carry.enter(entering, over.decay)
+            entering, final_states = over.carry.enter(entering, over.decay)
+            ctx.closing = over.carry.closing if over.carry.differentiable else None
         over.entering = entering.flatten(0, 1)
         y, kept = over.in_work.outputs(over.entering)
         del over.in_work
@@ -203,17 +213,19 @@ class _Enter(torch.autograd.Function):
         del over.decay
         ctx.over = over
         over.shapes = [None if tensor is None else tensor.shape for tensor in tensors]
-        return y.view(over.shape)
+        return y.view(over.shape), final_states
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, dy, d_final):
         over = ctx.over
         *tensors, entering, decay, kept = ctx.saved_tensors
         span = over.span(*tensors)
         packed = dy.flatten(0, 1)[None]
         d_entering = span.entering_gradient(packed).unflatten(0, over.local.last.shape)
         d_entering = over.where("continues", d_entering)
+        if ctx.closing is not None:
+            d_entering = added_at(d_entering, ctx.closing, decay[ctx.closing] * d_final)
         over.begin(d_entering.flatten(0, 1), decay, reverse=True)
-        over.in_work = span, packed, entering, kept
+        over.in_work = span, packed, entering, kept, decay, d_entering, ctx.closing, d_final
         return None, dy, *[None] * len(tensors)

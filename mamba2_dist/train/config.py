@@ -101,6 +101,9 @@ class TrainConfig:
     """Windows per update, over all ranks."""
     micro_batch: int | None = None
     """Windows at a time on one dp rank; None: all of its share. Less means gradient accumulation."""
+    parts: int = 1
+    """Runs of a window's tokens that are trained one after the other, with the memory of one: states go on from part to
+    part and their gradients back, at the price of one more forward pass. Above 1 the pattern must have no attention."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16": matrix products in bfloat16, parameters, states and sums in float32."""
     recompute: Recompute = "none"
@@ -131,8 +134,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_positive_fields(
-            self, "steps", "global_batch", "micro_batch", "save_every", "keep", "validate_every", "validation_windows",
-            "log_every",
+            self, "steps", "global_batch", "micro_batch", "parts", "save_every", "keep", "validate_every",
+            "validation_windows", "log_every",
         )  # fmt: skip
         require(self.seed >= 0, f"seed must not be below 0, got {self.seed}")
         require(len(self.prompt) > 0, "prompt must not be empty; give it some text")
@@ -160,7 +163,12 @@ class TrainConfig:
             self.schedule.warmup_steps < self.steps,
             f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be below steps ({self.steps})",
         )
-        segments = self.parallel.cp * (2 if self.parallel.layout == "zigzag" else 1)  # "auto" takes what fits
+        require(
+            self.parts == 1 or "*" not in self.architecture.pattern,
+            f"parts ({self.parts}) above 1 are for patterns without attention, whose keys would have to be kept; "
+            "set it to 1, and cp or recompute to save memory",
+        )
+        segments = self.parts * self.parallel.cp * (2 if self.parallel.layout == "zigzag" else 1)  # "auto": what fits
         require(
             self.data.seqlen >= segments,
             f"data.seqlen ({self.data.seqlen}) must be at least the number of segments it is cut into ({segments})",

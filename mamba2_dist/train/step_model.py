@@ -107,12 +107,13 @@ class Sizes:
 
     @property
     def accumulated(self) -> int:
-        """Micro-batches of one update."""
-        return self.config.share(self.dp)[0] // self.batch
+        """Backward passes of one update."""
+        return self.config.share(self.dp)[0] // self.batch * self.config.parts
 
     @property
     def tokens(self) -> int:
-        return -(-self.batch * self.config.data.seqlen // self.split.cp)
+        """Of one rank, in one part."""
+        return -(-self.batch * self.config.data.seqlen // (self.split.cp * self.config.parts))
 
     @property
     def segments(self) -> int:
@@ -187,7 +188,13 @@ def model_step(config: TrainConfig, backend: str, machine: Machine) -> Step:
         "tensor": _tensor(sizes),
         "parameters": _parameters(sizes, compute + scores),
     }
-    return Step(sizes.tokens, compute + scores, exchange, exposed, _memory(sizes, backend))
+    # all parts but the last run forward twice: a third of the products, half of what travels
+    parts = config.parts
+    computed, travelled = parts + (parts - 1) / 3, parts + (parts - 1) / 2
+    exposed = {name: travelled * seconds for name, seconds in exposed.items()}
+    return Step(
+        parts * sizes.tokens, computed * (compute + scores), travelled * exchange, exposed, _memory(sizes, backend)
+    )
 
 
 def choose_layout(config: TrainConfig, machine: Machine, backend: str | None = None) -> TrainConfig:
@@ -337,7 +344,8 @@ def _memory(sizes: Sizes, backend: str) -> float:
     activations = sum(kept[letter] for letter in sizes.model.pattern)
     # the logits and their gradient; what the busiest layer makes and drops, half of what it keeps as measured
     passing = 2 * BF16 * sizes.tokens * sizes.model.vocab_size / sizes.split.tp + max(kept.values()) / 2
-    return _parameter_memory(sizes) + activations + passing + _gathered(sizes, backend)
+    between = (sizes.config.parts - 1) * sizes.count("M") * sizes.element_bytes[0]
+    return _parameter_memory(sizes) + activations + passing + _gathered(sizes, backend) + between
 
 
 def _parameter_memory(sizes: Sizes) -> float:

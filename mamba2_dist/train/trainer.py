@@ -1,6 +1,7 @@
 """A training run from a configuration: made, resumed, finished."""
 
 import gzip
+import itertools
 import json
 import math
 import os
@@ -21,11 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mamba2_dist.kernels.common.transfer import to_device
 from mamba2_dist.models.hybrid_model import HybridModel, Memory, check_split
+from mamba2_dist.models.parts import backward_in_parts
 from mamba2_dist.modules.linear import cast_once
 from mamba2_dist.parallel.collectives import sum_over
 from mamba2_dist.parallel.cost_model import H200
 from mamba2_dist.parallel.groups import ParallelGroups
-from mamba2_dist.parallel.segments import SegmentTable
+from mamba2_dist.parallel.segments import SegmentTable, documents_between
 from mamba2_dist.parallel.state_scan import chosen
 
 from . import data
@@ -79,12 +81,15 @@ def _identity(config: TrainConfig, corpus: data.Corpus) -> dict:
     return {"model": asdict(config.architecture), "data": order}
 
 
+Part = tuple[Tensor, Tensor, SegmentTable]
+"""Tokens, labels and their cut; a micro-batch is trained in one or several."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """What one update reads on this rank: tokens, labels and the cut of each micro-batch, and how many labels of its dp
-    rank count."""
+    """What one update reads on this rank: the parts of each micro-batch, and how many labels of its dp rank count."""
 
-    micro_batches: list[tuple[Tensor, Tensor, SegmentTable]]
+    micro_batches: list[list[Part]]
     counted: int
 
 
@@ -214,12 +219,10 @@ class Trainer:
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         # under FSDP weights come and go between uses
         with nullcontext() if self.sharded else cast_once():
-            for index, micro_batch in enumerate(batch.micro_batches):
-                with self._gradient_sync(index + 1 == len(batch.micro_batches)):
-                    losses = self._losses(*micro_batch, self.memory[index])
-                    # the data group averages gradients where their sum is meant
-                    (losses.sum() * (self.groups.data.size / counted[0])).backward()
-                total += losses.detach().sum()
+            for index, parts in enumerate(batch.micro_batches):
+                last = index + 1 == len(batch.micro_batches)
+                # the data group averages gradients where their sum is meant
+                total += self._backward(parts, self.memory[index], self.groups.data.size / counted[0], last)
         if step + 1 < config.steps:
             # made while the device is at work
             self.upcoming = self._batch(self.progress.samples + config.global_batch)
@@ -235,9 +238,23 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = (sum_over(total, self.groups.data) / counted).item()
+        loss = sum_over(total, self.groups.data).item() / self.groups.data.size
         self.progress = Progress(step + 1, self.progress.samples + config.global_batch)
         return {"step": step + 1, "loss": loss, "norm": norm.item(), "lr": lr, **self._speed(started, batch)}
+
+    def _backward(self, parts: list[Part], memory: Memory | None, scale: Tensor, last: bool) -> Tensor:
+        """Add the gradients of a micro-batch, over ranks too if it is the last; its loss, times `scale`."""
+
+        def loss(index: int, memory: Memory | None) -> Tensor:
+            # the first part's gradients come last
+            with self._gradient_sync(last and index == 0):
+                return self._losses(*parts[index], memory).sum() * scale
+
+        if len(parts) > 1:
+            return backward_in_parts(loss, len(parts), memory or self.bare.new_memory(self.micro))
+        value = loss(0, memory)
+        value.backward()
+        return value.detach()
 
     def _training_windows(self, samples: int) -> list[data.Window]:
         """This dp rank's windows of the global batch after `samples` windows."""
@@ -263,14 +280,21 @@ class Trainer:
             sum(int((window.labels >= 0).sum()) for window in windows),
         )
 
-    def _local(self, windows: list[data.Window]) -> tuple[Tensor, Tensor, SegmentTable]:
-        """This rank's tokens and labels of whole windows, and the table of their cut."""
+    def _local(self, windows: list[data.Window]) -> list[Part]:
+        """This rank's share of the parts of whole windows."""
         tokens, labels, documents = data.stack(windows)
         cut = getattr(SegmentTable, self.config.parallel.layout)
-        carried = [window.continues for window in windows]
-        table = cut(tokens.shape[1], self.groups.cp.size, documents=documents, carried=carried)
-        mine = (to_device(table.shard(tensor, self.groups.cp.rank), self.device) for tensor in (tokens, labels))
-        return *mine, table
+        continues, cp = [window.continues for window in windows], self.groups.cp
+        edges = [tokens.shape[1] * part // self.config.parts for part in range(self.config.parts + 1)]
+        parts = []
+        for start, end in itertools.pairwise(edges):
+            within = documents_between(documents, start, end)
+            if start == 0:
+                within["carried"] = continues
+            table = cut(end - start, cp.size, **within)
+            mine = (table.shard(tensor[:, start:end], cp.rank) for tensor in (tokens, labels))
+            parts.append((*(to_device(tensor, self.device) for tensor in mine), table))
+        return parts
 
     def _losses(self, tokens: Tensor, labels: Tensor, table: SegmentTable, memory: Memory | None = None) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -298,7 +322,7 @@ class Trainer:
         if peak is not None:
             model = self.config.architecture
             # this replica's documents stand for all; backward costs twice forward
-            documents = [row for _, _, table in batch.micro_batches for row in table.documents]
+            documents = [row for parts in batch.micro_batches for _, _, table in parts for row in table.documents]
             share = attention_flops(model, documents) * self.groups.dp.size
             work = 3 * (tokens * flops_per_token(model) + share)
             speed["mfu"] = work / seconds / (peak * dist.get_world_size())
@@ -325,8 +349,10 @@ class Trainer:
         """Nats per token and bits per byte over the validation windows."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for windows in batches:
-            losses = self._losses(*self._local(windows))
-            sums[0] += losses.sum()
+            parts = self._local(windows)
+            memory = self.bare.new_memory(self.micro) if len(parts) > 1 else None
+            for part in parts:
+                sums[0] += self._losses(*part, memory).sum()
             if self.groups.cp.rank == 0:
                 for window in windows:
                     labels = window.labels[window.labels >= 0]

@@ -21,7 +21,7 @@ from mamba2_dist import (
 )
 from mamba2_dist.parallel.carry import Carry
 from mamba2_dist.parallel.ledger import record_collectives
-from mamba2_dist.parallel.segments import Segment
+from mamba2_dist.parallel.segments import Segment, documents_between
 from mamba2_dist.parallel.ssd import SSDOverSegments, conv1d_over_segments
 
 from ..distributed import run_ranks
@@ -39,14 +39,6 @@ def _config(pattern: str = "M-M", **options) -> HybridConfig:
     mamba = Mamba2Config(d_state=6, headdim=4, ngroups=2, chunk_size=5, dt_init_range=(0.1, 1.0))
     attention = AttentionConfig(head_dim=4, nheads_kv=2, rope_theta=1e4)
     return HybridConfig(pattern=pattern, d_model=16, vocab_size=32, mamba=mamba, attention=attention, **options)
-
-
-def _part(documents, start: int, end: int) -> dict:
-    """Documents of tokens [start, end) of rows, and which rows are carried into them."""
-    return {
-        "documents": [[0, *(o - start for o in offsets if start < o < end), end - start] for offsets in documents],
-        "carried": [start not in offsets for offsets in documents],
-    }
 
 
 def _cut(layout: str, seqlen: int, cp: int, **options) -> SegmentTable:
@@ -91,7 +83,7 @@ def _model(tp, cp, layouts, recompute, sequence_parallel):
     (expected * weight).sum().backward()
     memory = model.new_memory(len(DOCUMENTS))
     for (start, end), layout in zip(itertools.pairwise(cuts), itertools.cycle(layouts), strict=False):
-        table = _cut(layout, end - start, cp, **_part(DOCUMENTS, start, end))
+        table = _cut(layout, end - start, cp, **documents_between(DOCUMENTS, start, end))
         mine = [table.shard(whole[:, start:end], groups.cp.rank) for whole in (tokens, labels, expected, weight)]
         losses = model(*mine[:2], table, memory)
         assert_close(losses, mine[2], EXACT, f"losses of tokens {start} to {end}")
@@ -130,7 +122,7 @@ def _fuzzed(ranks, documents, cuts, segments, scan):
     (expected * weight).sum().backward()
     memory = mixer.new_cache(len(documents))
     for (start, end), cut in zip(itertools.pairwise(cuts), segments, strict=True):
-        table = SegmentTable(cut, ranks=ranks, **_part(documents, start, end))
+        table = SegmentTable(cut, ranks=ranks, **documents_between(documents, start, end))
         mine = [table.shard(whole[:, start:end], groups.cp.rank) for whole in (u, expected, weight)]
         y = mixer(mine[0], table, memory)
         assert_close(y, mine[1], EXACT, f"tokens {start} to {end}")
@@ -164,7 +156,7 @@ def _triton(ranks, layout):
     inputs = torch.randn(2, 40, 2, 16), torch.rand(2, 40, 2), torch.randn(2, 40, 1, 16), torch.randn(2, 40, 1, 16)
     conv, ssm = torch.zeros(2, 3, 16), torch.zeros(2, 2, 16, 16)
     for start, end in itertools.pairwise(cuts):
-        part = _part(documents, start, end)
+        part = documents_between(documents, start, end)
         table, alone = _cut(layout, end - start, ranks, **part), _cut("contiguous", end - start, 1, **part)
         results = []
         for cut, over, backend in ((table, group, "triton"), (alone, ParallelGroups.alone().states, "torch")):
@@ -193,7 +185,7 @@ def _hybrid(cp, layout):
     models = [HybridModel(_config("M*M"), g, dtype=torch.float64) for g in (groups, ParallelGroups.alone())]
     memories = [model.new_memory(len(DOCUMENTS)) for model in models]
     for start, end in ((0, 10), (10, 24)):
-        part = _part(DOCUMENTS, start, end)
+        part = documents_between(DOCUMENTS, start, end)
         table, alone = _cut(layout, end - start, cp, **part), _cut("contiguous", end - start, 1, **part)
         logits = models[0](table.shard(tokens[:, start:end], groups.cp.rank), None, table, memories[0])
         expected = models[1](tokens[:, start:end], None, alone, memories[1])

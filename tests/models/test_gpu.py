@@ -7,7 +7,16 @@ import sys
 import pytest
 import torch
 
-from mamba2_dist import AttentionConfig, HybridConfig, HybridModel, Mamba2Config, Mamba2Mixer, SegmentTable
+from mamba2_dist import (
+    AttentionConfig,
+    HybridConfig,
+    HybridModel,
+    Mamba2Config,
+    Mamba2Mixer,
+    SegmentTable,
+    backward_in_parts,
+)
+from mamba2_dist.parallel.segments import documents_between
 
 from ..tolerances import EXACT, MODEL, assert_close
 
@@ -51,23 +60,32 @@ def test_against_float64(layout, packed, autocast):
     assert_close(*(torch.cat([g.cpu().flatten() for g in grads.values()]) for grads in (actual, expected)), bound)
 
 
-def _in_batches(device: str, dtype: torch.dtype, layout: str, cuts: list[int], recompute: str = "none"):
-    """As above, in batches that go on where the last one stopped."""
+def _in_batches(
+    device: str, dtype: torch.dtype, layout: str, cuts: list[int], recompute: str = "none", whole: bool = False
+):
+    """As above, in batches that go on where the last one stopped; whole: as parts of one sequence."""
     config = HybridConfig(**{**vars(CONFIG), "pattern": "M-M"})
     model = HybridModel(config, recompute=recompute, device=device, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     tokens, labels = (torch.randint(0, 512, (2, SEQLEN), generator=generator).to(device) for _ in range(2))
-    memory, parts = model.new_memory(2), []
-    for start, end in itertools.pairwise(cuts):
-        documents = [[0, *(o - start for o in row if start < o < end), end - start] for row in DOCUMENTS]
-        carried = [start not in row for row in DOCUMENTS]
-        table = getattr(SegmentTable, layout)(end - start, 1, documents=documents, carried=carried)
+    edges, parts = list(itertools.pairwise(cuts)), {}
+
+    def loss(index, memory):
+        start, end = edges[index]
+        table = getattr(SegmentTable, layout)(end - start, 1, **documents_between(DOCUMENTS, start, end))
         losses = model(table.shard(tokens[:, start:end], 0), table.shard(labels[:, start:end], 0), table, memory)
-        losses.sum().backward()
-        part = torch.empty(2, end - start, dtype=losses.dtype)
-        part[:, table.local(0).positions] = losses.detach().cpu()
-        parts.append(part)
-    return {"losses": torch.cat(parts, 1), **{name: parameter.grad for name, parameter in model.named_parameters()}}
+        parts[index] = torch.empty(2, end - start, dtype=losses.dtype)
+        parts[index][:, table.local(0).positions] = losses.detach().cpu()
+        return losses.sum()
+
+    memory = model.new_memory(2)
+    if whole:
+        backward_in_parts(loss, len(edges), memory)
+    else:
+        for index in range(len(edges)):
+            loss(index, memory).backward()
+    losses = torch.cat([parts[index] for index in range(len(edges))], 1)
+    return {"losses": losses, **{name: parameter.grad for name, parameter in model.named_parameters()}}
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
@@ -83,6 +101,16 @@ def test_carried_states_against_float64(layout):
         for recompute in ("conv", "inner"):
             again = _in_batches("cuda", torch.float32, layout, cuts, recompute)
             assert all(torch.equal(again[name], tensor) for name, tensor in actual.items())
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("recompute", ["none", "inner"])
+def test_parts_against_float64(layout, recompute):
+    expected = _in_batches("cpu", torch.float64, "contiguous", [0, SEQLEN])
+    for cuts in ([0, 130, 170, SEQLEN], [0, 100, 102, 103, SEQLEN]):
+        actual = _in_batches("cuda", torch.float32, layout, cuts, recompute, whole=True)
+        for name, tensor in expected.items():
+            assert_close(actual[name], tensor, MODEL[torch.float32], name)
 
 
 def test_recompute_gives_the_same_bits_in_less_memory():

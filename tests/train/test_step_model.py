@@ -97,6 +97,19 @@ def test_memory_of_a_split():
     assert gathered - sharded == pytest.approx(state * (8 - 3))
 
 
+def test_parts():
+    """One more forward pass of all but the last; the memory of one, and the states between them."""
+    one, whole, cut = (
+        model_step(_config(cp=8, seqlen=seqlen, parts=parts), "sliced", H200)
+        for seqlen, parts in ((2**19, 1), (2**22, 1), (2**22, 8))
+    )
+    assert cut.tokens == whole.tokens == 8 * one.tokens
+    assert cut.compute_s == pytest.approx((8 + 7 / 3) * one.compute_s)
+    assert cut.exchange_s == pytest.approx((8 + 7 / 2) * one.exchange_s)
+    states, gradients = 64 * 4 * 80 * 64 * 128, 4 * 2_702_599_680
+    assert cut.memory_bytes == pytest.approx(one.memory_bytes + 7 * states + gradients)
+
+
 def test_kept_activations_are_what_a_layer_was_measured_to_keep():
     """GiB at 8 x 4096 tokens beside the input, docs/layer.md."""
     from mamba2_dist.train.step_model import _kept

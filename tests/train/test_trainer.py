@@ -210,6 +210,39 @@ def test_what_is_carried_is_not_dropped_silently(tmp_path):
         _carry(tmp_path / "other", global_batch=2)
 
 
+def _without_attention(folder: Path, **options) -> dict:
+    config = small_run(folder)
+    return _run(folder, **{"model": replace(config.model, pattern="M-M"), **CARRY, **options})
+
+
+@pytest.fixture(scope="module")
+def in_one(tmp_path_factory):
+    """One rank's runs of whole windows, by what is carried."""
+    folders = {carry: tmp_path_factory.mktemp(carry) for carry in ("nothing", "documents")}
+    return {
+        carry: _without_attention(folder, data=replace(small_run(folder).data, carry=carry))
+        for carry, folder in folders.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cp": 2},
+        {"cp": 2, "sharding": "ddp"},
+        {"dp": 2, "micro_batch": 1},
+        {"dp": 2, "micro_batch": 1, "sharding": "ddp"},
+        {"tp": 2, "cp": 2, "recompute": "inner"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("carry", ["nothing", "documents"])
+def test_parts_train_the_same(tmp_path, in_one, options, carry):
+    data = replace(small_run(tmp_path).data, carry=carry)
+    _assert_same(_without_attention(tmp_path, data=data, parts=3, **options), in_one[carry])
+
+
 def _losses_of_long_rows(folder: Path, rows: int, updates: int) -> tuple[list[float], list[float]]:
     """The losses of a run that learns nothing, and those of the same tokens in rows as long as the run."""
     settings = small_run(folder)
