@@ -194,8 +194,11 @@ class ParallelConfig:
     """Keep the residual stream split over tp between layers; needs tp above 1."""
     layout: Literal["auto", "contiguous", "zigzag"] = "auto"
     """How a sequence is cut over cp; "zigzag" balances attention; "auto" takes the cheaper by the cost model."""
-    state_scan: Literal["auto", "all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory"] = "auto"
-    """How states travel over cp: see docs/parallel.md; "auto" takes the cheapest by the cost model."""
+    state_scan: Literal[
+        "auto", "all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory", "serial_exact"
+    ] = "auto"
+    """How states travel over cp: see docs/parallel.md; "auto" takes the cheapest by the cost model. "serial_exact" is
+    slow, one rank after the other, for the bits of one GPU."""
     attention: Literal["auto", "all_gather", "ulysses"] = "auto"
     """How attention's keys, values or heads travel over cp; "ulysses" needs nheads_kv / tp divisible by the cp ranks of
     a node."""
@@ -206,8 +209,9 @@ class ParallelConfig:
         check_positive_fields(self, "tp", "cp", "dp")
         check_choice_field(self, "layout", "auto", "contiguous", "zigzag")
         check_choice_field(
-            self, "state_scan", "auto", "all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory"
-        )
+            self, "state_scan",
+            "auto", "all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory", "serial_exact",
+        )  # fmt: skip
         check_choice_field(self, "attention", "auto", "all_gather", "ulysses")
         check_choice_field(self, "sharding", "fsdp", "ddp")
         require(

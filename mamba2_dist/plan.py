@@ -29,6 +29,10 @@ class PlanConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive_fields(self, "seqlen")
+        require(
+            self.parallel.state_scan != "serial_exact",
+            "parallel.state_scan (serial_exact) has no cost model; plan with auto or another",
+        )
         require(len(self.gpus) > 0, "gpus must name at least one number, as in gpus=8,64")
         fixed = self.parallel.tp * (self.parallel.dp or 1)
         for count in self.gpus:

@@ -14,10 +14,16 @@ import torch.multiprocessing as mp
 TIMEOUT_S = 120
 
 
-def _serve(rank: int, world_size: int, store: str, pipe) -> None:
+def _serve(rank: int, world_size: int, device: str, store: str, pipe) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
+    options = {"init_method": f"file://{store}", "rank": rank, "world_size": world_size}
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        dist.init_process_group("nccl", device_id=torch.device("cuda", rank), **options)
+    else:
+        dist.init_process_group("gloo", **options)
     while True:
         task = pipe.recv()
         if task is None:
@@ -32,13 +38,13 @@ def _serve(rank: int, world_size: int, store: str, pipe) -> None:
 
 
 class _Ranks:
-    def __init__(self, world_size: int):
+    def __init__(self, world_size: int, device: str):
         context = mp.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         for rank in range(world_size):
             here, there = context.Pipe()
-            args = (rank, world_size, f"{self.folder.name}/store", there)
+            args = (rank, world_size, device, f"{self.folder.name}/store", there)
             process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             self.pipes.append(here)
@@ -74,17 +80,19 @@ class _Ranks:
         self.folder.cleanup()
 
 
-_running: dict[int, _Ranks] = {}
+_running: dict[tuple[int, str], _Ranks] = {}
 
 
-def run_ranks(world_size: int, function, *args) -> list:
-    """`function(*args)` on every rank of a gloo world; the ranks' results. A rank's failure fails the caller."""
-    if world_size not in _running:
-        _running[world_size] = _Ranks(world_size)
+def run_ranks(world_size: int, function, *args, device: str = "cpu") -> list:
+    """`function(*args)` on every rank of a world that speaks gloo, or with device "cuda" NCCL, a GPU each; the ranks'
+    results. A rank's failure fails the caller."""
+    world = world_size, device
+    if world not in _running:
+        _running[world] = _Ranks(*world)
     try:
-        return _running[world_size].run((function.__module__, function.__qualname__, args))
+        return _running[world].run((function.__module__, function.__qualname__, args))
     except AssertionError:
-        _running.pop(world_size).stop(gently=False)
+        _running.pop(world).stop(gently=False)
         raise
 
 

@@ -171,6 +171,7 @@ COMMANDS = [
     ("plan good.yaml gpus=12", "must fill whole nodes of 8 GPUs or lie on one; choose another number"),
     ("plan good.yaml gpus=8 seqlen=4", "seqlen (4) must be at least a token for each of 8 cp ranks"),
     ("plan good.yaml seqlen=0", "seqlen must be above 0, got 0"),
+    ("plan good.yaml parallel.state_scan=serial_exact", "parallel.state_scan (serial_exact) has no cost model"),
     ("plan good.yaml model.vocab_size=321 parallel.tp=2", "vocab_size (321) must be divisible by tp (2)"),
     ("plan good.yaml machine=missing.json", "write it with `mamba2-dist calibrate out=missing.json`"),
     ("plan good.yaml machine=binary.yaml", "machine (binary.yaml) is not JSON"),

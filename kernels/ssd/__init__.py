@@ -2,6 +2,6 @@
 
 from .combined import mamba_chunk_scan_combined
 from .reference import discretize, ssd_matrix, ssd_recurrence
-from .span import SSDSpan
+from .span import SerialSpan, SSDSpan
 
-__all__ = ["SSDSpan", "discretize", "mamba_chunk_scan_combined", "ssd_matrix", "ssd_recurrence"]
+__all__ = ["SSDSpan", "SerialSpan", "discretize", "mamba_chunk_scan_combined", "ssd_matrix", "ssd_recurrence"]

@@ -18,19 +18,15 @@ from .reference import discretize, skip
 Numbers = Sequence[int] | np.ndarray
 
 
-class SSDSpan:
+class _Span:
     """Packed documents, the states that enter some of them and those that others leave.
-
-        forward:   `leaving`, then `outputs`, of the states that enter
-        backward:  `entering_gradient`, then `gradients`, of the gradients of the states that were left
-
-    Nothing here is recorded by autograd. The steps of one pass share their work if one object takes both; each pass may
-    have its own object.
 
     x: (1, tokens, nheads, headdim), dt: (1, tokens, nheads), B, C: (1, tokens, ngroups, d_state); the rest as in
     `mamba_chunk_scan_combined`. enters, leaves: numbers of the documents that states enter, and of those whose states
     are asked for; each at most once. Raises ValueError for shapes and numbers that do not fit.
     """
+
+    whole = False
 
     def __init__(
         self,
@@ -60,10 +56,21 @@ class SSDSpan:
             from .gpu.span import GPUSpan
 
             edges = _on_host(enters), _on_host(leaves)
-            self.steps = GPUSpan(tensors, documents.on_host, edges, dt_softplus, dt_limit)
+            self.steps = GPUSpan(tensors, documents.on_host, edges, dt_softplus, dt_limit, self.whole)
         else:
             edges = to_device(_on_host(enters), x.device), to_device(_on_host(leaves), x.device)
             self.steps = _InTorch(tensors, chunk_size, documents, edges, dt_softplus, dt_limit)
+
+
+class SSDSpan(_Span):
+    """The operator in four steps, two in each pass, so that every span may begin before any state has come:
+
+        forward:   `leaving`, then `outputs`, of the states that enter
+        backward:  `entering_gradient`, then `gradients`, of the gradients of the states that were left
+
+    Nothing here is recorded by autograd. The steps of one pass share their work if one object takes both; each pass may
+    have its own object. Arguments as in `_Span`.
+    """
 
     def leaving(self) -> tuple[Tensor, Tensor]:
         """What the documents `leaves` leave when nothing enters, (leaves, nheads, headdim, d_state), and the share of
@@ -87,6 +94,36 @@ class SSDSpan:
         second result of `outputs`, if there is one.
         """
         return self.steps.gradients(dy, entering, d_leaving, kept)
+
+
+class SerialSpan(_Span):
+    """The operator with states handed on: one device that had all tokens would give the same bits, if its documents
+    were cut at chunks of 128 tokens.
+
+        forward:   `forward`, from the states that enter to those that are left
+        backward:  `left_again`, the same states as the backward pass has them; `back`, from the gradients of the
+                   states left to those of the states that enter; `gradients`
+
+    Nothing here is recorded by autograd. Each pass has an object of its own. Arguments as in `_Span`.
+    """
+
+    whole = True
+
+    def forward(self, entering: Tensor) -> tuple[Tensor, Tensor]:
+        """y like x, and (leaves, nheads, headdim, d_state), given (enters, nheads, headdim, d_state)."""
+        return self.steps.outputs_and_left(entering)
+
+    def left_again(self, dy: Tensor, entering: Tensor) -> Tensor:
+        """(leaves, nheads, headdim, d_state), given what enters as the span before has it in this pass."""
+        return self.steps.left_again(dy, entering)
+
+    def back(self, d_leaving: Tensor) -> Tensor:
+        """(enters, nheads, headdim, d_state), given (leaves, nheads, headdim, d_state)."""
+        return self.steps.whole_entering_gradient(d_leaving)
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Of x, dt, A, B, C, D and dt_bias, None for those that are None."""
+        return self.steps.whole_gradients()
 
 
 class _InTorch:
@@ -135,6 +172,28 @@ class _InTorch:
             entering = self._state(len(self.edges[0])).requires_grad_()
             y, _ = self._scan(entering)
             return torch.autograd.grad(y, entering, dy, retain_graph=True)[0]
+
+    def outputs_and_left(self, entering: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), self._autocast_off():
+            return self._scan(entering)
+
+    def left_again(self, dy: Tensor, entering: Tensor) -> Tensor:
+        with torch.enable_grad(), self._autocast_off():
+            self.entering, self.dy = entering.detach().requires_grad_(), dy
+            self.y, self.left = self._scan(self.entering)
+        return self.left.detach()
+
+    def whole_entering_gradient(self, d_leaving: Tensor) -> Tensor:
+        wanted = [self.entering, *(leaf for leaf in self.leaves if leaf is not None)]
+        with self._autocast_off():
+            d_entering, *self.found = torch.autograd.grad(
+                [self.y, self.left], wanted, [self.dy, d_leaving], materialize_grads=True
+            )
+        return d_entering
+
+    def whole_gradients(self) -> tuple[Tensor | None, ...]:
+        found = iter(self.found)
+        return tuple(None if leaf is None else next(found) for leaf in self.leaves)
 
     def gradients(self, dy, entering, d_leaving, kept=None) -> tuple[Tensor | None, ...]:
         with torch.enable_grad(), self._autocast_off():

@@ -13,7 +13,7 @@ from mamba2_dist.parallel.carry import Carry
 from mamba2_dist.parallel.groups import ParallelGroups
 from mamba2_dist.parallel.partition import Partition, mamba2_partition
 from mamba2_dist.parallel.segments import SegmentTable
-from mamba2_dist.parallel.ssd import SSDOverSegments
+from mamba2_dist.parallel.ssd import operators
 from mamba2_dist.parallel.state_scan import StateScan, check_state_scan
 
 from . import init
@@ -42,8 +42,8 @@ class Mamba2Mixer(PartitionedModule):
     """One Mamba-2 layer, heads split over `groups.tp` and the sequence over `groups.cp`.
 
     Communicates one all-reduce over tp (with sequence_parallel one all-gather and one reduce-scatter), one of squared
-    sums where a norm group spans ranks, and over cp one halo, one state exchange and, where state is carried from batch
-    to batch, one broadcast of it.
+    sums where a norm group spans ranks, and over cp one halo, one state exchange (with state_scan "serial_exact" more:
+    docs/parallel.md) and, where state is carried from batch to batch, one broadcast of it.
 
     recompute: what the backward pass makes again rather than keeping it: nothing, the convolution's results ("conv"),
         or all between in_proj and out_proj ("inner"). The numbers are the same, and nothing is communicated twice.
@@ -81,7 +81,7 @@ class Mamba2Mixer(PartitionedModule):
                 "make both with ParallelGroups"
             )
         self.config, self.cp, self.states, self.recompute = config, groups.cp, groups.states, recompute
-        self.state_scan = state_scan
+        _, self.scan = operators(state_scan)
         self.share = share = mamba2_partition(
             d_inner=d_inner, nheads=nheads, ngroups=config.ngroups, d_state=config.d_state,
             tp=groups.tp.size, rank=groups.tp.rank,
@@ -91,7 +91,9 @@ class Mamba2Mixer(PartitionedModule):
             d_model, share.in_proj, groups.tp, init.projection(d_model),
             shared_by=shared_by, sequence_parallel=sequence_parallel, **factory,
         )  # fmt: skip
-        self.conv1d = CausalConv1d(share.conv1d, config.d_conv, groups.cp, shared_by=shared_by, **factory)
+        self.conv1d = CausalConv1d(
+            share.conv1d, config.d_conv, groups.cp, shared_by=shared_by, scan=state_scan, **factory
+        )
         self.add_parameter(
             "dt_bias", share.heads, init.step_bias(*config.dt_init_range, config.dt_init_floor), **factory
         )
@@ -221,10 +223,7 @@ class Mamba2Mixer(PartitionedModule):
         """y, z, and what gives y of the same x, B and C again without communicating."""
         A, options = self._A(), self._scan_options()
         x, B, C = self._heads(x, B, C)
-        over = SSDOverSegments(
-            x, dt, A, B, C, self.config.chunk_size, segments, self.states,
-            scan=self.state_scan, carry=carry, **options,
-        )  # fmt: skip
+        over = self.scan(x, dt, A, B, C, self.config.chunk_size, segments, self.states, carry=carry, **options)
         del x, B, C
         gate = z()
         y, scan = over.outputs()

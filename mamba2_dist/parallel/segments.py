@@ -134,6 +134,13 @@ class SegmentTable:
         """The last segment that has tokens, or the last."""
         return next((segment for segment in self.segments[::-1] if segment.start < segment.end), self.segments[-1])
 
+    @cached_property
+    def backwards(self) -> "SegmentTable":
+        """The table of the same rows from their last token to their first, in the same slots."""
+        segments = [Segment(self.seqlen - s.end, self.seqlen - s.start, s.rank, s.slot) for s in self.segments[::-1]]
+        documents = [[self.seqlen - offset for offset in offsets[::-1]] for offsets in self.documents]
+        return SegmentTable(segments, ranks=self.ranks, documents=documents)
+
     def document_start(self, row: int, token: int) -> int:
         """The first token, of this batch, of the document that a token of a row belongs to."""
         return self.documents[row][bisect.bisect_right(self.documents[row], token) - 1]

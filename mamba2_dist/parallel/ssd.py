@@ -18,7 +18,16 @@ from .carry import Carry, added_at
 from .groups import Group
 from .halo import conv_halo
 from .segments import SegmentTable
+from .serial import SerialSSD
+from .serial_conv import serial_conv1d
 from .state_scan import StateScan
+
+
+def operators(scan: StateScan) -> tuple[Callable[..., Any], Callable[..., "SSDOverSegments | SerialSSD"]]:
+    """`conv1d_over_segments` and `SSDOverSegments` for states that travel by `scan`, or what takes their place."""
+    if scan == "serial_exact":
+        return serial_conv1d, SerialSSD
+    return conv1d_over_segments, functools.partial(SSDOverSegments, scan=scan)
 
 
 def conv1d_over_segments(

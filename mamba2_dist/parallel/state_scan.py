@@ -32,7 +32,9 @@ from .messages import AllGather, AllToAll, Exchange, Messages, ProcessGroups, St
 from .segments import SegmentTable
 from .symmetric_memory import SymmetricMemory
 
-StateScan = Literal["auto", "all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory"]
+StateScan = Literal[
+    "auto", "all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory", "serial_exact"
+]
 STATE_SCANS = get_args(StateScan)
 logger = logging.getLogger(__name__)
 
@@ -395,6 +397,11 @@ def begin(
     """Start an exchange over `group`, outside autograd; arguments as in `state_scan`, errors too, and ValueError for a
     table of another number of ranks."""
     check_state_scan(backend, group)
+    if backend == "serial_exact":
+        raise ValueError(
+            "state_scan 'serial_exact' cannot exchange given states, as it hands on those that the SSD operator makes; "
+            "ask for it in Mamba2Mixer, ParallelConfig or parallel.ssd.operators, or choose 'ring'"
+        )
     if table.ranks != group.size:
         raise ValueError(f"the segment table is made for {table.ranks} ranks, {group.name} has {group.size}")
     if len(table.segments) == 1:
@@ -456,7 +463,8 @@ def state_scan(state: Tensor, decay: Tensor, table: SegmentTable, group: Group, 
     `symmetric_memory` is `all_gather` of two ranks and `sliced` of more, on GPUs of one node that read each other's
     memory. `auto` takes the cheapest of the others by the cost model.
 
-    Raises ValueError for an unknown backend, and for `hierarchical` over nodes that hold unlike numbers of ranks.
+    Raises ValueError for an unknown backend, for `hierarchical` over nodes that hold unlike numbers of ranks, and for
+    `serial_exact`, which is not an exchange but a way to run the operator (`parallel/serial.py`).
     """
     return _StateScan.apply(state, decay, table, group, backend)
 

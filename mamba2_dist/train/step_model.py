@@ -210,6 +210,8 @@ def choose_layout(config: TrainConfig, machine: Machine, backend: str | None = N
         return contiguous
     if split.cp * split.tp > machine.node_size and split.cp * split.tp % machine.node_size:
         return zigzag  # nodes that are filled in part have no cost model
+    if split.state_scan == "serial_exact":
+        return zigzag  # nor have states that are handed on
 
     def differing(option: TrainConfig) -> float:
         """Seconds of what depends on the layout."""

@@ -146,7 +146,7 @@ def test_fuzzed_documents_batches_and_cuts(rows, cuts, data):
     documents = [[0, *(min(end, 18) for end in itertools.accumulate(row)), 18] for row in rows]
     edges = [0, *sorted(cuts), 18]
     segments = [_draw_segments(data, end - start, 3) for start, end in itertools.pairwise(edges)]
-    scan = data.draw(st.sampled_from(["all_gather", "sliced", "hierarchical", "log_step", "ring"]))
+    scan = data.draw(st.sampled_from(["all_gather", "sliced", "hierarchical", "log_step", "ring", "serial_exact"]))
     run_ranks(3, _fuzzed, 3, documents, edges, segments, scan)
 
 

@@ -21,7 +21,7 @@ from ..tolerances import EXACT, assert_close
 SEQLEN = 24
 # a document over three ranks, empty neighbours, length 1, starts on and beside cuts, and a row with one document
 DOCUMENTS = [[0, 0, 3, 3, 4, 19, 19, 24], [0, 6, 7, 8, 12, 13, 18, 24, 24], [0, 24]]
-SCANS = ("auto", "all_gather", "sliced", "log_step", "ring")
+SCANS = ("auto", "all_gather", "sliced", "log_step", "ring", "serial_exact")
 SPLITS = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 3), (1, 4), (2, 2)]
 
 

@@ -140,5 +140,5 @@ def test_gradients_through_memory(rows, cuts, data):
     carried = [data.draw(st.booleans()) for _ in documents]
     edges = [0, *sorted(cuts), 18]
     segments = [_draw_segments(data, end - start, 3) for start, end in itertools.pairwise(edges)]
-    scan = data.draw(st.sampled_from(["all_gather", "sliced", "hierarchical", "log_step", "ring"]))
+    scan = data.draw(st.sampled_from(["all_gather", "sliced", "hierarchical", "log_step", "ring", "serial_exact"]))
     run_ranks(3, _chained, 3, documents, carried, edges, segments, scan)

@@ -17,9 +17,9 @@ from ..splits import groups_of
 from ..tolerances import RELATIVE, assert_close
 
 
-def _outcome(groups, table, ngroups, recompute):
+def _outcome(groups, table, ngroups, scan, recompute):
     config = Mamba2Config(d_state=6, headdim=4, ngroups=ngroups, chunk_size=5)
-    mixer = Mamba2Mixer(config, 16, groups, recompute=recompute, dtype=torch.float64)
+    mixer = Mamba2Mixer(config, 16, groups, state_scan=scan, recompute=recompute, dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
     u = torch.randn(2, table.seqlen, 16, dtype=torch.float64, generator=generator)
     u = table.shard(u, groups.cp.rank).requires_grad_()
@@ -32,12 +32,12 @@ def _outcome(groups, table, ngroups, recompute):
     return [y.detach(), *first, *again], dict(ledger.calls)
 
 
-def _compare(tp, cp, ngroups, layout):
+def _compare(tp, cp, ngroups, layout, scan):
     groups = groups_of(tp, cp)
     table = getattr(SegmentTable, layout)(21, cp, documents=[[0, 1, 11, 21], [0, 21]])
-    expected, calls = _outcome(groups, table, ngroups, "none")
+    expected, calls = _outcome(groups, table, ngroups, scan, "none")
     for recompute in ("conv", "inner"):
-        results, others = _outcome(groups, table, ngroups, recompute)
+        results, others = _outcome(groups, table, ngroups, scan, recompute)
         assert others == calls
         assert all(map(torch.equal, results, expected))
 
@@ -47,8 +47,9 @@ def _compare(tp, cp, ngroups, layout):
     [(1, 1, 1, "contiguous"), (1, 2, 1, "zigzag"), (2, 1, 1, "contiguous"), (2, 2, 2, "contiguous"),
      (1, 4, 1, "contiguous")],
 )  # fmt: skip
-def test_the_same_numbers_and_collectives(tp, cp, ngroups, layout):
-    run_ranks(tp * cp, _compare, tp, cp, ngroups, layout)
+@pytest.mark.parametrize("scan", ["auto", "serial_exact"])
+def test_the_same_numbers_and_collectives(tp, cp, ngroups, layout, scan):
+    run_ranks(tp * cp, _compare, tp, cp, ngroups, layout, scan)
 
 
 def test_what_was_overwritten_is_made_again(monkeypatch):

@@ -16,8 +16,9 @@ from ..distributed import run_ranks
 from ..splits import groups_of, make_table
 from ..tolerances import EXACT, assert_close
 
-ON_CPU = [backend for backend in STATE_SCANS if backend != "symmetric_memory"]
-PLAYED = [backend for backend in STATE_SCANS if backend != "auto"]  # "auto" stands for one of them
+EXCHANGES = [backend for backend in STATE_SCANS if backend != "serial_exact"]
+ON_CPU = [backend for backend in EXCHANGES if backend != "symmetric_memory"]
+PLAYED = [backend for backend in EXCHANGES if backend != "auto"]  # "auto" stands for one of them
 STATE = (2, 3, 4, 5)  # batch, nheads, headdim, d_state
 
 
@@ -152,6 +153,12 @@ def test_unknown_backend_is_refused():
     table = SegmentTable.contiguous(4, 1)
     with pytest.raises(ValueError, match="state_scan must be one of"):
         state_scan(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), table, groups_of(1, 1).states, "gossip")
+
+
+def test_serial_states_are_no_exchange():
+    table = SegmentTable.contiguous(4, 1)
+    with pytest.raises(ValueError, match="'serial_exact' cannot exchange given states"):
+        state_scan(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), table, groups_of(1, 1).states, "serial_exact")
 
 
 @pytest.mark.parametrize("backend", PLAYED)

@@ -39,7 +39,7 @@ def _run(layout: str, scan: str):
     assert not asked.names & ANSWERED
 
 
-@pytest.mark.parametrize("scan", ["all_gather", "sliced", "log_step", "ring"])
+@pytest.mark.parametrize("scan", ["all_gather", "sliced", "log_step", "ring", "serial_exact"])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_no_layer_waits(layout, scan):
     run_ranks(2, _run, layout, scan)

@@ -139,6 +139,8 @@ def test_layout():
     assert choose_layout(small, H200).parallel.layout in ("contiguous", "zigzag")
     short = _config(preset=None, model=HYBRID, cp=64, seqlen=64 * 16)
     assert choose_layout(short, H200, "all_gather").parallel.layout == "contiguous"
+    serial = replace(short, parallel=replace(short.parallel, state_scan="serial_exact"))
+    assert choose_layout(serial, H200).parallel.layout == "zigzag"
 
 
 def test_imbalance_is_the_last_ranks_attention():

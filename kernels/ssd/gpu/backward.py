@@ -17,12 +17,23 @@ from .forward import (
     compiler_options,
     discretize,
     entering_spans,
+    final_states,
     skip_strides,
     sweep,
     sweep_spans,
 )
 from .gate import gate_backward_kernel
-from .problem import Problem, aligned, aligned_size, aligned_view, empty_aligned, pad_states, strides, unpad_states
+from .problem import (
+    Problem,
+    aligned,
+    aligned_size,
+    aligned_view,
+    empty_aligned,
+    new_states,
+    pad_states,
+    strides,
+    unpad_states,
+)
 from .steps import discretize_backward_kernel, sum_chunks_kernel
 
 HEADS_PER_PROGRAM = 8  # of `discretize_backward`
@@ -48,6 +59,7 @@ class Gradients:
 def backward(
     problem: Problem, D: Tensor | None, initial: Tensor | None, entering: Tensor | None, dy: Tensor | None,
     d_final: Tensor | None, gate: tuple[Tensor, Tensor] | None = None, d_swept: Swept | None = None,
+    wants_d_initial: bool = True,
 ) -> Gradients:  # fmt: skip
     """Gradients from those of y (None: not used) and of the final states (None: not used). entering: as `forward` kept
     it, None: not kept; gate: y before the gate, and z; d_swept: where the spans have been swept back already."""
@@ -63,7 +75,7 @@ def backward(
     none = table.no_span
 
     d_initial = None
-    if initial is not None:
+    if initial is not None and wants_d_initial:
         d_initial = torch.zeros_like(initial)
         if d_final is not None and table.through.shape[1]:
             d_initial[table.through[0]] = d_final[table.through[1]]
@@ -89,22 +101,75 @@ def backward(
         back = Way(dy, C, d_state, d_index, *d_leave, made.dh, made.dh_scales)
         for ways in [(ahead, back)] if dy is not None else [(ahead, None), (None, back)]:
             sweep(problem, steps, size, *ways, first_head, heads)
-        if dy is not None:
-            _pairs(problem, steps, dy, made, wave)
-        _outside(problem, steps, dy, made, wave)
-        # afterwards: dx may lie where h was
-        _dx(problem, steps, dy, D, made, wave)
-        _discretize_backward(problem, steps, made, wave)
+        _from_states(problem, steps, dy, D, made, wave)
+    if D is not None and D.ndim == 2 and skip is None:
+        skip = _skip_gradient(problem, dy)
+    return _gradients(problem, D, made, skip, dz, d_initial)
+
+
+def _from_states(
+    problem: Problem, steps: Steps, dy: Tensor | None, D: Tensor | None, made: "_Room", wave: "Wave"
+) -> None:
+    """The gradients of a wave of heads, whose states and their gradients are known for every chunk."""
+    if dy is not None:
+        _pairs(problem, steps, dy, made, wave)
+    _outside(problem, steps, dy, made, wave)
+    # afterwards: dx may lie where h was
+    _dx(problem, steps, dy, D, made, wave)
+    _discretize_backward(problem, steps, made, wave)
+
+
+def _gradients(
+    problem: Problem, D: Tensor | None, made: "_Room", skip: Tensor | None, dz: Tensor | None, d_initial: Tensor | None
+) -> Gradients:
+    """What the waves made, summed over programs and chunks. skip: the gradient of a D with channels."""
     dB = _sum_shares(made.dB)
     dC = None if made.dC is None else _sum_shares(made.dC)
     dA, ddt_bias, dD = _sum_chunks(problem, made.shares)
-    if D is not None and D.ndim == 2 and skip is None:
-        skip = _skip_gradient(problem, dy)
     if D is not None and skip is not None:
         dD = skip.contiguous() if D.ndim == 2 else skip.sum(1)
     return Gradients(
         made.dx, made.ddt, dA, dB, dC, ddt_bias, dD, dz, None if d_initial is None else unpad_states(problem, d_initial)
     )
+
+
+class WholeBackward:
+    """The backward pass of documents that are not cut, in three parts between which states come and go: the states as
+    this pass has them, from the first token on; their gradients, from the last back; the other gradients."""
+
+    def __init__(self, problem: Problem, D: Tensor | None, dy: Tensor):
+        self.problem, self.D, self.dy = problem, D, aligned(dy.to(problem.x.dtype))
+        self.steps = discretize(problem, problem.config.chunk)
+        heads, per_program = _waves(problem)
+        self.wave = Wave(0, heads, per_program)
+        self.made = _room(problem, True, heads, per_program)
+
+    def ahead(self, initial: Tensor, count: int) -> Tensor:
+        """The states left by `count` documents, from those that enter."""
+        problem, made, table = self.problem, self.made, self.problem.table
+        entering = pad_states(initial, problem.config)
+        left = final_states(problem, entering, count)
+        way = Way(problem.x, problem.B, entering, table.span_initial, left, table.last_final, made.h, made.h_scales)
+        sweep(problem, self.steps, problem.config.chunk, way, None, 0, problem.nheads)
+        return unpad_states(problem, left)
+
+    def back(self, d_final: Tensor, count: int) -> Tensor:
+        """The gradients of `count` states that enter, from those of the states left."""
+        problem, made, table = self.problem, self.made, self.problem.table
+        d_left = pad_states(d_final, problem.config)
+        assert d_left is not None
+        d_initial = new_states(problem, count).zero_()
+        if table.through.shape[1]:
+            d_initial[table.through[0]] = d_left[table.through[1]]
+        way = Way(self.dy, problem.C, d_left, table.span_final, d_initial, table.first_initial, made.dh, made.dh_scales)
+        sweep(problem, self.steps, problem.config.chunk, None, way, 0, problem.nheads)
+        return unpad_states(problem, d_initial)
+
+    def gradients(self) -> Gradients:
+        """All others."""
+        _from_states(self.problem, self.steps, self.dy, self.D, self.made, self.wave)
+        skip = _skip_gradient(self.problem, self.dy) if self.D is not None and self.D.ndim == 2 else None
+        return _gradients(self.problem, self.D, self.made, skip, None, None)
 
 
 def _gate_gradients(
@@ -206,6 +271,8 @@ def _waves(problem: Problem) -> tuple[int, int]:
     much again.
     """
     heads_per_group = problem.nheads // problem.ngroups
+    if problem.plan.whole:
+        return problem.nheads, heads_per_group
     nchunks = problem.table.by_chunk[problem.config.chunk].count
     height, width = problem.config.state_shape
     room = max(problem.x.numel(), MIN_WORKSPACE // problem.x.element_size())

@@ -195,7 +195,7 @@ def forward(
     x, B, C = problem.x, problem.B, problem.C
     assert C is not None
     initial = pad_states(initial, config)
-    final = _final_states(problem, initial, count)
+    final = final_states(problem, initial, count)
     entering, index = initial, table.span_initial if initial is not None else table.no_span
     steps = discretize(problem, config.scan_chunk)
     if table.cut:
@@ -232,7 +232,7 @@ def skip_strides(D: Tensor | None) -> dict[str, int]:
     return {"D_head_stride": head, "D_channel_stride": channel}
 
 
-def _final_states(problem: Problem, initial: Tensor | None, count: int) -> Tensor:
+def final_states(problem: Problem, initial: Tensor | None, count: int) -> Tensor:
     """Room for `count` final states; a document without tokens leaves the state that enters it."""
     final, table = new_states(problem, count), problem.table
     if count and len(table.empty):

@@ -23,6 +23,7 @@ class Plan:
     table: Table
     memory: Tensor  # the table's
     precision: str
+    whole: bool  # documents are not cut, and sums over heads do not depend on how many tokens there are
     made: dict[Hashable, Any] = field(default_factory=dict)
 
 
@@ -90,8 +91,9 @@ _plans = Kept(capacity=256)
 def make_problem(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool,
     dt_limit: tuple[float, float], offsets: Tensor | None, enters: Tensor | None, leaves: Tensor | None,
+    whole: bool = False,
 ) -> Problem:  # fmt: skip
-    """offsets, enters, leaves: as in `table.lay_out`, offsets None: every row is a document."""
+    """offsets, enters, leaves: as in `table.lay_out`, offsets None: every row is a document. whole: as in `Plan`."""
     x, B = aligned(x), aligned(B.to(x.dtype))
     C = None if C is None else aligned(C.to(x.dtype))
     # float32 products as `torch.set_float32_matmul_precision` asks of every other one
@@ -99,22 +101,24 @@ def make_problem(
     key = (
         x.shape, x.stride(), x.dtype, x.device, dt.stride(), B.shape, B.stride(), None if C is None else C.stride(),
         dt_bias is None, dt_softplus, dt_limit, content(offsets), content(enters), content(leaves), precision,
+        whole,
     )  # fmt: skip
-    plan = _plans.get(key, lambda: _make_plan(x, B, offsets, enters, leaves, precision))
+    plan = _plans.get(key, lambda: _make_plan(x, B, offsets, enters, leaves, precision, whole))
     dt_bias = None if dt_bias is None else dt_bias.contiguous()
     return Problem(x, dt, A.contiguous(), B, C, dt_bias, dt_softplus, dt_limit, plan)
 
 
-def _make_plan(x, B, offsets, enters, leaves, precision) -> Plan:
+def _make_plan(x, B, offsets, enters, leaves, precision, whole) -> Plan:
     capability, processors = device_limits(x.device)
     config = choose(x.shape[3], B.shape[3], x.dtype, capability)
     chunk_sizes = tuple(sorted({config.scan_chunk, config.chunk}))
     if offsets is None:
         offsets = torch.arange(x.shape[0] + 1, device="cpu") * x.shape[1]
     table = lay_out(
-        offsets, enters, leaves, x.shape[1], x.shape[2] * config.P_tiles, chunk_sizes, x.device, 2 * processors
+        offsets, enters, leaves, x.shape[1], x.shape[2] * config.P_tiles, chunk_sizes, x.device,
+        0 if whole else 2 * processors,
     )  # fmt: skip
-    return Plan(config, table, table.memory, precision)
+    return Plan(config, table, table.memory, precision, whole)
 
 
 def aligned(tensor: Tensor) -> Tensor:

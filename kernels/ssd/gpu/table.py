@@ -64,7 +64,8 @@ def lay_out(
     """The table of documents between `offsets` of a flattened batch whose rows are `seqlen` tokens.
 
     offsets, enters and leaves are on the host: (documents + 1,), and the documents that rows of initial and final
-    states belong to, None: row d to document d. slots: how many programs the device holds at once.
+    states belong to, None: row d to document d. slots: how many programs the device holds at once; 0: no document is
+    cut to fill them.
     """
     key = (
         content(offsets), content(enters), content(leaves), seqlen, programs_per_span, chunk_sizes, device, slots
@@ -157,6 +158,8 @@ def _span_length(lengths: np.ndarray, programs_per_span: int, slots: int) -> int
     sweep for the state it leaves, measured at a third of the scan.
     """
     longest, total = int(lengths.max(initial=0)), int(lengths.sum())
+    if slots == 0:
+        return max(longest, 1)
     best, best_time = max(longest, 1), math.inf
     for pieces in range(1, 65):
         span = max(ALIGNMENT, -(-longest // (pieces * ALIGNMENT)) * ALIGNMENT)
