@@ -18,12 +18,10 @@ def _serve(rank: int, world_size: int, device: str, store: str, pipe) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
-    options = {"init_method": f"file://{store}", "rank": rank, "world_size": world_size}
     if device == "cuda":
         torch.cuda.set_device(rank)
-        dist.init_process_group("nccl", device_id=torch.device("cuda", rank), **options)
-    else:
-        dist.init_process_group("gloo", **options)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
     while True:
         task = pipe.recv()
         if task is None:

@@ -108,6 +108,7 @@ class SSDOverSegments:
         if opened is None:
             y, final_states = self._whole(*tensors)
             if self.carry is not None:
+                assert final_states is not None
                 self.carry.leave(final_states)
             return y, lambda *tensors: self._whole(*tensors)[0]
         y, final_states = _Enter.apply(self, opened, *tensors)

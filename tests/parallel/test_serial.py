@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import itertools
 from unittest import mock
 
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from mamba2_dist import Mamba2Config, Mamba2Mixer, ParallelGroups, SegmentTable
+from mamba2_dist.kernels.common.documents import Documents
+from mamba2_dist.kernels.ssd import SerialSpan
 from mamba2_dist.parallel.segments import Segment
 from mamba2_dist.parallel.serial import SerialSSD
 from mamba2_dist.parallel.serial_conv import serial_conv1d
@@ -154,6 +157,40 @@ def _interpreted_mixer(table, recompute):
 @interpreted
 def test_bits_of_a_mixer():
     run_ranks(2, _interpreted_mixer, SegmentTable.uneven([128, 24]), "inner")
+
+
+def _steps(tensors, edges: list[int], dy):
+    """y and gradients of x, dt, B and C of a document in runs between `edges`, each with the states of its neighbours."""
+    runs = list(itertools.pairwise(edges))
+    x, dt, A, B, C = tensors
+
+    def span(start, end):
+        cut = [tensor[:, start:end] for tensor in (x, dt, B, C)]
+        return SerialSpan(*cut[:2], A, *cut[2:], 256, Documents([0, end - start]), [0], [0], dt_softplus=True)
+
+    nothing = torch.zeros(1, *x.shape[2:], B.shape[3], device=x.device)
+    state, again, gradient, ys, spans = nothing, nothing, nothing, [], [span(*run) for run in runs]
+    for run, backward in zip(runs, spans, strict=True):
+        y, state = span(*run).forward(state)
+        ys.append(y)
+        again = backward.left_again(dy[:, slice(*run)], again)
+    for backward in reversed(spans):
+        gradient = backward.back(gradient)
+    found = [backward.gradients() for backward in spans]
+    return [torch.cat(ys, 1), *(torch.cat([each[index] for each in found], 1) for index in (0, 1, 3, 4))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bits_of_a_document_in_runs_on_a_gpu(dtype):
+    """Long enough to be cut by kernels that fill the device."""
+    shapes = (24, 64), (24,), (2, 128), (2, 128)
+    x, dt, B, C, dy = (torch.randn(1, 8192, *shape, device="cuda", dtype=dtype) for shape in (*shapes, shapes[0]))
+    tensors = x, dt, -torch.rand(24, device="cuda"), B, C
+    whole = _steps(tensors, [0, 8192], dy)
+    for edges in ([0, 4096, 8192], [0, 128, 1280, 8064, 8192]):
+        for name, expected, actual in zip("y dx ddt dB dC".split(), whole, _steps(tensors, edges, dy), strict=True):
+            assert torch.equal(actual, expected), (name, edges)
 
 
 def _mixer_on_a_gpu(layout, recompute):
