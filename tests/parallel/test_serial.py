@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-
-from mamba2_dist import Mamba2Config, Mamba2Mixer, ParallelGroups, SegmentTable
 from mamba2_dist.kernels.common.documents import Documents
 from mamba2_dist.kernels.ssd import SerialSpan
+
+from mamba2_dist import Mamba2Config, Mamba2Mixer, ParallelGroups, SegmentTable
 from mamba2_dist.parallel.segments import Segment
 from mamba2_dist.parallel.serial import SerialSSD
 from mamba2_dist.parallel.serial_conv import serial_conv1d
@@ -160,7 +160,7 @@ def test_bits_of_a_mixer():
 
 
 def _steps(tensors, edges: list[int], dy):
-    """y and gradients of x, dt, B and C of a document in runs between `edges`, each with the states of its neighbours."""
+    """y and gradients of x, dt, B and C of a document in runs between `edges`, which hand states on."""
     runs = list(itertools.pairwise(edges))
     x, dt, A, B, C = tensors
 
@@ -189,7 +189,9 @@ def test_bits_of_a_document_in_runs_on_a_gpu(dtype):
     tensors = x, dt, -torch.rand(24, device="cuda"), B, C
     whole = _steps(tensors, [0, 8192], dy)
     for edges in ([0, 4096, 8192], [0, 128, 1280, 8064, 8192]):
-        for name, expected, actual in zip("y dx ddt dB dC".split(), whole, _steps(tensors, edges, dy), strict=True):
+        for name, expected, actual in zip(
+            ["y", "dx", "ddt", "dB", "dC"], whole, _steps(tensors, edges, dy), strict=True
+        ):
             assert torch.equal(actual, expected), (name, edges)
 
 
