@@ -75,11 +75,12 @@ def _inclusive(elements: Elements) -> Elements:
 
 
 def _pack(elements: Elements) -> Tensor:
-    return torch.cat([elements.states.flatten(), elements.decays.flatten()])
+    """(..., rows, width) of one element or several -> (..., numbers of one)."""
+    return torch.cat([part.flatten(-2) for part in elements], dim=-1)
 
 
 def _unpack(packed: Tensor, states: torch.Size, decays: torch.Size) -> Elements:
-    """The inverse of `_pack` along the last axis; the axes before it come first."""
+    """The inverse of `_pack`, for an element's shapes."""
     first, second = packed.split([math.prod(states), math.prod(decays)], dim=-1)
     return Elements(first.unflatten(-1, states), second.unflatten(-1, decays))
 
@@ -109,13 +110,15 @@ class _Chain:
         """Positions that this rank holds."""
         return np.flatnonzero(self.holders == self.rank)
 
-    def index(self, positions: np.ndarray, first_rank: int = 0) -> "slice | Tensor":
-        """Where these lie among the elements of all ranks from `first_rank` on, `slots_per_rank` each."""
-        flat = (self.holders[positions] - first_rank) * self.slots_per_rank + self.slots[positions]
-        return self.place(flat)
+    @functools.cached_property
+    def places(self) -> np.ndarray:
+        """Where the elements at all positions lie among those of all ranks, `slots_per_rank` each."""
+        return self.holders * self.slots_per_rank + self.slots
 
-    def place(self, numbers: np.ndarray) -> "slice | Tensor":
-        """Numbers as an index, a slice where they follow each other: that takes no kernel."""
+    def index(self, positions: np.ndarray, first_rank: int = 0) -> "slice | Tensor":
+        """The places of these from those of `first_rank` on; a slice where they follow each other: that takes no
+        kernel."""
+        numbers = self.places[positions] - first_rank * self.slots_per_rank
         if len(numbers) and (np.diff(numbers) == 1).all():
             return slice(int(numbers[0]), int(numbers[-1]) + 1)
         return to_device(numbers, self.device)
@@ -153,26 +156,35 @@ def _rounds(owners: np.ndarray, rank: int) -> list[_Round]:
 
 
 class _AllGather:
-    """Every rank gets every element and combines those before its own."""
+    """Every rank gets every element and passes those before its last position, one after the other: one kernel each."""
 
     def __init__(self, chain: _Chain, node_size: int):
         self.slots = chain.slots_per_rank
-        self.count = int(chain.mine[-1]) if len(chain.mine) else 0
-        self.before = chain.index(np.arange(self.count))
-        order = chain.mine[np.argsort(chain.slots[chain.mine])]
-        self.mine = chain.place(order)
+        starts = [0, *chain.mine[:-1]]
+        # for each of this rank's positions, what is passed on the way to it from the one before
+        self.passed = [
+            (int(chain.slots[end]), chain.places[start:end].tolist())
+            for start, end in zip(starts, chain.mine, strict=False)
+        ]
 
     def run(self, elements: Elements) -> Exchange:
         padded = _padded(elements, self.slots)
         gathered = yield AllGather(_pack(padded))
-        everyone = _unpack(gathered, padded.states.shape, padded.decays.shape)
-        if self.count == 0:
-            return torch.zeros_like(elements.states)
-        before = _inclusive(Elements(*(t.flatten(0, 1)[self.before] for t in everyone)))
-        if self.mine == slice(self.count, self.count + 1):
-            return before.states[-1:].clone()  # what was gathered must not be kept with it
-        # nothing enters the first
-        return F.pad(before.states, (0, 0, 0, 0, 1, 0))[self.mine]
+        everyone = _unpack(gathered.flatten(0, 1), padded.states.shape[1:], padded.decays.shape[1:])
+        states, decays = (part.unbind() for part in everyone)
+        entering = torch.empty_like(elements.states)
+        known = None
+        for slot, passed in self.passed:
+            target = entering[slot]
+            if not passed:
+                target.zero_()  # nothing enters the first
+            for place in passed:
+                if known is None:
+                    target.copy_(states[place])
+                else:
+                    torch.addcmul(states[place], decays[place], known, out=target)
+                known = target
+        return entering
 
 
 class _LogStep:
