@@ -1,7 +1,10 @@
 """Process groups of a run, made once from a device mesh and passed as arguments."""
 
 import os
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +37,11 @@ class Group:
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    @cached_property
+    def buffers(self) -> dict[Hashable, Any]:
+        """Memory that the group's ranks share."""
+        return {}
 
     @classmethod
     def of(cls, name: str, handle: dist.ProcessGroup) -> "Group":
