@@ -26,15 +26,13 @@ from torch.autograd.function import once_differentiable
 from mamba2_dist.kernels.common.checks import check_choice
 from mamba2_dist.kernels.common.transfer import to_device
 
-from .cost_model import RING_BLOCKS, Machine, choose
+from .cost_model import RING_BLOCKS, Backend, Machine, choose
 from .groups import Group
 from .messages import AllGather, AllToAll, Exchange, Messages, ProcessGroups, Steps
 from .segments import SegmentTable
 from .symmetric_memory import SymmetricMemory
 
-StateScan = Literal[
-    "auto", "all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory", "serial_exact"
-]
+StateScan = Literal["auto", Backend, "serial_exact"]
 STATE_SCANS = get_args(StateScan)
 logger = logging.getLogger(__name__)
 
