@@ -10,11 +10,11 @@ from torch.utils._pytree import tree_leaves
 from mamba2_dist import SegmentTable
 from mamba2_dist.parallel.cost_model import traffic
 from mamba2_dist.parallel.ledger import Ledger
-from mamba2_dist.parallel.messages import loopback
 from mamba2_dist.parallel.segments import Segment
 from mamba2_dist.parallel.state_scan import STATE_SCANS, exchange, state_scan
 
 from ..distributed import run_ranks
+from ..loopback import loopback
 from ..splits import groups_of, make_table
 from ..tolerances import EXACT, assert_close
 
