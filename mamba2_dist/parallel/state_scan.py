@@ -52,14 +52,17 @@ class Elements(NamedTuple):
 
 def _elements(state: Tensor, decay: Tensor) -> Elements:
     """(segments, batch, nheads, ...) as rows of heads; a decay that differs within a head has the state's shape."""
-    shared = all(size == 1 for size in decay.shape[3:])
-    decay = decay.expand(*state.shape[:3], *(decay.shape[3:] if shared else state.shape[3:]))
-    return Elements(*(t.flatten(3).flatten(1, 2) for t in (state, decay)))
+    segments, batch, nheads = state.shape[:3]
+    if any(size > 1 for size in decay.shape[3:]):
+        decay = decay.expand(state.shape)
+    elif decay.shape[:3] != state.shape[:3]:
+        decay = decay.expand(segments, batch, nheads, *decay.shape[3:])
+    return Elements(*(t.reshape(segments, batch * nheads, math.prod(t.shape[3:])) for t in (state, decay)))
 
 
 def _then(first: Elements, second: Elements) -> Elements:
     """(a1, S1) o (a2, S2)."""
-    return Elements(second.decays * first.states + second.states, first.decays * second.decays)
+    return Elements(torch.addcmul(second.states, second.decays, first.states), first.decays * second.decays)
 
 
 def _inclusive(elements: Elements) -> Elements:
@@ -79,7 +82,7 @@ def _pack(elements: Elements) -> Tensor:
 
 def _unpack(packed: Tensor, states: torch.Size, decays: torch.Size) -> Elements:
     """The inverse of `_pack`, for an element's shapes."""
-    first, second = packed.split([math.prod(states), math.prod(decays)], dim=-1)
+    first, second = packed.tensor_split([math.prod(states)], dim=-1)
     return Elements(first.unflatten(-1, states), second.unflatten(-1, decays))
 
 
@@ -240,7 +243,6 @@ class _Hierarchical:
         owners = nodes[starts]
         runs = [np.arange(starts[run], ends[run]) for run in np.flatnonzero(owners == node)]
         self.runs = [chain.index(run, node * node_size) for run in runs]
-        self.everywhere = chain.index(np.concatenate([*runs, np.empty(0, np.int64)]), node * node_size)
         self.rounds = _rounds(owners, node)
         self.slots, self.node_size = chain.slots_per_rank, node_size
         self.within: Literal["group", "node"] = "group" if node_size >= chain.ranks else "node"
@@ -249,10 +251,9 @@ class _Hierarchical:
         held = yield from _to_slices(_padded(elements, self.slots), self.node_size, self.within)
         inside = [_inclusive(Elements(*(t[run] for t in held))) for run in self.runs]
         entering = yield from _log_step([run.at(-1) for run in inside], self.rounds, "rail", elements.states)
-        # a rank or a node may hold nothing
-        states = [held.states[:0], *(_entering(run, enters) for run, enters in zip(inside, entering, strict=True))]
-        back = torch.zeros_like(held.states)
-        back[self.everywhere] = torch.cat(states)
+        back = torch.empty_like(held.states)  # where nothing is held, nobody reads it
+        for places, run, enters in zip(self.runs, inside, entering, strict=True):
+            back[places] = _entering(run, enters)
         mine = yield from _from_slices(back, self.node_size, self.within)
         return mine[: len(elements.states), :, : elements.states.shape[2]]
 
@@ -269,20 +270,23 @@ def _entering(run: Elements, enters: Tensor | None) -> Tensor:
     states, decays = run.at(slice(None, -1))
     if enters is None:
         return F.pad(states, (0, 0, 0, 0, 1, 0))
-    return torch.cat([enters[None], decays * enters + states])
+    return torch.cat([enters[None], torch.addcmul(states, decays, enters)])
 
 
 def _to_slices(elements: Elements, parts: int, within: Literal["group", "node"]) -> Steps[Elements]:
     """(parts x slots, rows, width / parts): this rank's slice of every state of every rank, and the decays."""
     states, decays = elements
-    states = F.pad(states, (0, -states.shape[2] % parts))
-    slices = states.unflatten(2, (parts, -1)).movedim(2, 0)
-    if decays.shape[2] == 1:
-        shares = decays.expand(parts, *decays.shape)
-    else:
-        shares = F.pad(decays, (0, -decays.shape[2] % parts)).unflatten(2, (parts, -1)).movedim(2, 0)
+    slices = _cut(states, parts)
+    shares = decays.expand(parts, *decays.shape) if decays.shape[2] == 1 else _cut(decays, parts)
     received = yield AllToAll(torch.cat([slices.flatten(1), shares.flatten(1)], dim=1), within)
     return Elements(*(t.flatten(0, 1) for t in _unpack(received, slices.shape[1:], shares.shape[1:])))
+
+
+def _cut(tensor: Tensor, parts: int) -> Tensor:
+    """(slots, rows, width) -> (parts, slots, rows, width / parts)."""
+    missing = -tensor.shape[2] % parts
+    padded = F.pad(tensor, (0, missing)) if missing else tensor
+    return padded.unflatten(2, (parts, -1)).movedim(2, 0)
 
 
 def _from_slices(states: Tensor, parts: int, within: Literal["group", "node"]) -> Exchange:
@@ -315,7 +319,7 @@ class _Ring:
                 elif previous is not None:
                     got = yield Messages({}, {previous: place.numel()}, place)
                     place.copy_(got[previous].view(place.shape))
-                leaving.append(decay * place + state)
+                leaving.append(torch.addcmul(state, decay, place))
                 if following not in (None, self.rank):
                     yield Messages({following: leaving[-1].flatten()}, {}, place)
         return entering
