@@ -408,8 +408,8 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def begin(
     state: Tensor, decay: Tensor, table: SegmentTable, group: Group, backend: StateScan, *, reverse: bool = False
 ) -> Pending:
-    """Start an exchange over `group`, outside autograd; arguments as in `state_scan`, errors too, and ValueError for a
-    table of another number of ranks."""
+    """Start an exchange over `group`, outside autograd; arguments and errors as in `state_scan`. reverse: from the last
+    segment back."""
     check_state_scan(backend, group)
     if backend == "serial_exact":
         raise ValueError(
@@ -472,13 +472,14 @@ def state_scan(state: Tensor, decay: Tensor, table: SegmentTable, group: Group, 
     | `sliced`       | 2 k s: a slice of every state, then its own | 2                    |
     | `hierarchical` | 2 k s in its node, log2(k M) k s / g beyond | 2 + log2(k M)        |
     | `log_step`     | log2(k P) k s                               | log2(k P)            |
-    | `ring`         | k s, one rank after the other               | k a block, of few    |
+    | `ring`         | k s, one rank after the other               | 2 k a block, of few  |
 
     `symmetric_memory` is `all_gather` of two ranks and `sliced` of more, on GPUs of one node that read each other's
     memory. `auto` takes the cheapest of the others by the cost model.
 
-    Raises ValueError for an unknown backend, for `hierarchical` over nodes that hold unlike numbers of ranks, and for
-    `serial_exact`, which is not an exchange but a way to run the operator (`parallel/serial.py`).
+    Raises ValueError for an unknown backend, a table of another number of ranks, `hierarchical` over nodes that hold
+    unlike numbers of ranks, `symmetric_memory` where ranks cannot read each other's memory, and `serial_exact`, which
+    is not an exchange but a way to run the operator (`parallel/serial.py`).
     """
     return _StateScan.apply(state, decay, table, group, backend)
 
