@@ -1,10 +1,12 @@
 """Every choice of a model and of how it is split; wrong values are refused here."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from mamba2_dist.kernels.common.checks import check_choice, check_positive
+from mamba2_dist.parallel.attention import AttentionMethod
+from mamba2_dist.parallel.state_scan import StateScan
 
 Activation = Literal["swiglu", "relu2", "gelu"]
 
@@ -23,9 +25,11 @@ def check_positive_fields(config: object, *names: str) -> None:
             check_positive(name, value)
 
 
-def check_choice_field(config: object, name: str, *choices: str) -> None:
-    """Raise ValueError unless the named field is one of `choices`."""
-    check_choice(name, getattr(config, name), choices)
+def check_choice_fields(config: Any, *names: str) -> None:
+    """Raise ValueError unless every named field is one of those that its `Literal` lists."""
+    for item in fields(config):
+        if item.name in names:
+            check_choice(item.name, getattr(config, item.name), get_args(item.type))
 
 
 def check_range(name: str, bounds: tuple[float, float]) -> None:
@@ -134,10 +138,7 @@ class MLPConfig:
 
     def __post_init__(self):
         check_positive_fields(self, "d_ff")
-        require(
-            self.activation in ("swiglu", "relu2", "gelu"),
-            f"activation must be swiglu, relu2 or gelu, got {self.activation!r}",
-        )
+        check_choice_fields(self, "activation")
 
     def width(self, d_model: int) -> int:
         """Inner channels at width `d_model`."""
@@ -194,12 +195,10 @@ class ParallelConfig:
     """Keep the residual stream split over tp between layers; needs tp above 1."""
     layout: Literal["auto", "contiguous", "zigzag"] = "auto"
     """How a sequence is cut over cp; "zigzag" balances attention; "auto" takes the cheaper by the cost model."""
-    state_scan: Literal[
-        "auto", "all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory", "serial_exact"
-    ] = "auto"
+    state_scan: StateScan = "auto"
     """How states travel over cp: see docs/parallel.md; "auto" takes the cheapest by the cost model. "serial_exact" is
     slow, one rank after the other, for the bits of one GPU."""
-    attention: Literal["auto", "all_gather", "ulysses"] = "auto"
+    attention: AttentionMethod = "auto"
     """How attention's keys, values or heads travel over cp; "ulysses" needs nheads_kv / tp divisible by the cp ranks of
     a node."""
     sharding: Literal["fsdp", "ddp"] = "fsdp"
@@ -207,13 +206,7 @@ class ParallelConfig:
 
     def __post_init__(self):
         check_positive_fields(self, "tp", "cp", "dp")
-        check_choice_field(self, "layout", "auto", "contiguous", "zigzag")
-        check_choice_field(
-            self, "state_scan",
-            "auto", "all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory", "serial_exact",
-        )  # fmt: skip
-        check_choice_field(self, "attention", "auto", "all_gather", "ulysses")
-        check_choice_field(self, "sharding", "fsdp", "ddp")
+        check_choice_fields(self, "layout", "state_scan", "attention", "sharding")
         require(
             not (self.sequence_parallel and self.tp == 1),
             "sequence_parallel splits over tp and needs tp above 1; set tp or leave it off",

@@ -1,4 +1,4 @@
-"""Ranks for tests: started once for each world size and used by every test, since a start costs seconds."""
+"""Ranks for tests: started once for each world size and device and used by every test, since a start costs seconds."""
 
 import atexit
 import importlib

@@ -113,6 +113,7 @@ COMMANDS = [
     ("train good.yaml parallel.tp=0", "tp must be above 0, got 0"),
     ("train good.yaml parallel.layout=spiral", "layout"),
     ("train good.yaml parallel.attention=ring", "attention"),
+    ("train good.yaml parallel.state_scan=gossip", "'hierarchical'"),
     ("train good.yaml parallel.sequence_parallel=true", "needs tp above 1; set tp or leave it off"),
     ("train good.yaml parallel.cp=64", "data.seqlen (32) must be at least the number of segments"),
     ("train good.yaml parallel.dp=3", "global_batch (4) must be divisible by dp (3)"),
@@ -244,6 +245,8 @@ CALLS = [
     (lambda: Mamba2Config(expand=1.1).d_inner(64), r"expand \(1.1\) \* d_model \(64\) must be a whole number"),
     (lambda: AttentionConfig(head_dim=5, rope_theta=1e4), r"head_dim \(5\) must be even for rotary"),
     (lambda: MLPConfig(d_ff=-1), "d_ff must be above 0, got -1"),
+    (lambda: ParallelConfig(state_scan="gossip"), "state_scan must be one of 'auto', 'all_gather', 'sliced', 'hier"),
+    (lambda: MLPConfig(activation="relu"), "activation must be one of 'swiglu', 'relu2', 'gelu', got 'relu'"),
     (lambda: ParallelConfig(sharding="zero"), "sharding must be one of 'fsdp', 'ddp', got 'zero'"),
     (lambda: HybridModel(HybridConfig(pattern="M", d_model=100)), r"d_inner \(200\) must be divisible by headdim"),
     (

@@ -18,11 +18,12 @@ at most: ranks at an end of the chain receive less.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mamba2_dist.kernels.common.checks import check_choice, check_divisible, check_positive
 
-BACKENDS = ("all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory")
+Backend = Literal["all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory"]
+BACKENDS = get_args(Backend)
 SIMPLEST_FIRST = ("all_gather", "symmetric_memory", "sliced", "log_step", "ring", "hierarchical")
 AUTO = ("all_gather", "sliced", "log_step", "ring", "hierarchical")
 """What `state_scan` "auto" chooses among; not every machine's GPUs read each other's memory."""

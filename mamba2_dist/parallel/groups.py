@@ -1,7 +1,10 @@
 """Process groups of a run, made once from a device mesh and passed as arguments."""
 
 import os
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +38,11 @@ class Group:
     def size(self) -> int:
         return len(self.ranks)
 
+    @cached_property
+    def buffers(self) -> dict[Hashable, Any]:
+        """Memory that the group's ranks share."""
+        return {}
+
     @classmethod
     def of(cls, name: str, handle: dist.ProcessGroup) -> "Group":
         return cls(name, tuple(dist.get_process_group_ranks(handle)), dist.get_rank(handle), handle)
@@ -45,13 +53,13 @@ class ParallelGroups:
 
     Ranks stand in the mesh (pp, dp, cp, tp) in row-major order, so that a tp group and then a cp group share a node.
     `data` joins dp and cp: parameters are the same on all of it and gradients are summed over it. `states` is cp again,
-    with communicators of its own: states travel while others are at work.
+    with communicators of its own where it has several ranks: states travel while others are at work.
 
     tp, cp, pp: sizes; dp: size, or None for whatever the world leaves.
     node_size: processes of a node, which are neighbours; None: as torchrun says, or all.
     machine: the links by which it is chosen how states and heads travel, as `mamba2-dist calibrate` measures them.
     device_type: "cpu" or "cuda"; None: "cuda" where there is one and the processes do not speak gloo alone.
-    Without `torch.distributed` every size must be 1. Raises ValueError for sizes that do not fill the world.
+    Without `torch.distributed` every size must be 1. Raises ValueError for sizes below 1 or that do not fill the world.
     """
 
     tp: Group

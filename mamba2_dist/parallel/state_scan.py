@@ -26,15 +26,13 @@ from torch.autograd.function import once_differentiable
 from mamba2_dist.kernels.common.checks import check_choice
 from mamba2_dist.kernels.common.transfer import to_device
 
-from .cost_model import RING_BLOCKS, Machine, choose
+from .cost_model import RING_BLOCKS, Backend, Machine, choose
 from .groups import Group
 from .messages import AllGather, AllToAll, Exchange, Messages, ProcessGroups, Steps
 from .segments import SegmentTable
 from .symmetric_memory import SymmetricMemory
 
-StateScan = Literal[
-    "auto", "all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory", "serial_exact"
-]
+StateScan = Literal["auto", Backend, "serial_exact"]
 STATE_SCANS = get_args(StateScan)
 logger = logging.getLogger(__name__)
 
@@ -54,14 +52,17 @@ class Elements(NamedTuple):
 
 def _elements(state: Tensor, decay: Tensor) -> Elements:
     """(segments, batch, nheads, ...) as rows of heads; a decay that differs within a head has the state's shape."""
-    shared = all(size == 1 for size in decay.shape[3:])
-    decay = decay.expand(*state.shape[:3], *(decay.shape[3:] if shared else state.shape[3:]))
-    return Elements(*(t.flatten(3).flatten(1, 2) for t in (state, decay)))
+    segments, batch, nheads = state.shape[:3]
+    if any(size > 1 for size in decay.shape[3:]):
+        decay = decay.expand(state.shape)
+    elif decay.shape[:3] != state.shape[:3]:
+        decay = decay.expand(segments, batch, nheads, *decay.shape[3:])
+    return Elements(*(t.reshape(segments, batch * nheads, math.prod(t.shape[3:])) for t in (state, decay)))
 
 
 def _then(first: Elements, second: Elements) -> Elements:
     """(a1, S1) o (a2, S2)."""
-    return Elements(second.decays * first.states + second.states, first.decays * second.decays)
+    return Elements(torch.addcmul(second.states, second.decays, first.states), first.decays * second.decays)
 
 
 def _inclusive(elements: Elements) -> Elements:
@@ -75,12 +76,13 @@ def _inclusive(elements: Elements) -> Elements:
 
 
 def _pack(elements: Elements) -> Tensor:
-    return torch.cat([elements.states.flatten(), elements.decays.flatten()])
+    """(..., rows, width) of one element or several -> (..., numbers of one)."""
+    return torch.cat([part.flatten(-2) for part in elements], dim=-1)
 
 
 def _unpack(packed: Tensor, states: torch.Size, decays: torch.Size) -> Elements:
-    """The inverse of `_pack` along the last axis; the axes before it come first."""
-    first, second = packed.split([math.prod(states), math.prod(decays)], dim=-1)
+    """The inverse of `_pack`, for an element's shapes."""
+    first, second = packed.tensor_split([math.prod(states)], dim=-1)
     return Elements(first.unflatten(-1, states), second.unflatten(-1, decays))
 
 
@@ -109,13 +111,15 @@ class _Chain:
         """Positions that this rank holds."""
         return np.flatnonzero(self.holders == self.rank)
 
-    def index(self, positions: np.ndarray, first_rank: int = 0) -> "slice | Tensor":
-        """Where these lie among the elements of all ranks from `first_rank` on, `slots_per_rank` each."""
-        flat = (self.holders[positions] - first_rank) * self.slots_per_rank + self.slots[positions]
-        return self.place(flat)
+    @functools.cached_property
+    def places(self) -> np.ndarray:
+        """Where the elements at all positions lie among those of all ranks, `slots_per_rank` each."""
+        return self.holders * self.slots_per_rank + self.slots
 
-    def place(self, numbers: np.ndarray) -> "slice | Tensor":
-        """Numbers as an index, a slice where they follow each other: that takes no kernel."""
+    def index(self, positions: np.ndarray, first_rank: int = 0) -> "slice | Tensor":
+        """The places of these from those of `first_rank` on; a slice where they follow each other: that takes no
+        kernel."""
+        numbers = self.places[positions] - first_rank * self.slots_per_rank
         if len(numbers) and (np.diff(numbers) == 1).all():
             return slice(int(numbers[0]), int(numbers[-1]) + 1)
         return to_device(numbers, self.device)
@@ -153,26 +157,35 @@ def _rounds(owners: np.ndarray, rank: int) -> list[_Round]:
 
 
 class _AllGather:
-    """Every rank gets every element and combines those before its own."""
+    """Every rank gets every element and passes those before its last position, one after the other: one kernel each."""
 
     def __init__(self, chain: _Chain, node_size: int):
         self.slots = chain.slots_per_rank
-        self.count = int(chain.mine[-1]) if len(chain.mine) else 0
-        self.before = chain.index(np.arange(self.count))
-        order = chain.mine[np.argsort(chain.slots[chain.mine])]
-        self.mine = chain.place(order)
+        starts = [0, *chain.mine[:-1]]
+        # for each of this rank's positions, what is passed on the way to it from the one before
+        self.passed = [
+            (int(chain.slots[end]), chain.places[start:end].tolist())
+            for start, end in zip(starts, chain.mine, strict=False)
+        ]
 
     def run(self, elements: Elements) -> Exchange:
         padded = _padded(elements, self.slots)
         gathered = yield AllGather(_pack(padded))
-        everyone = _unpack(gathered, padded.states.shape, padded.decays.shape)
-        if self.count == 0:
-            return torch.zeros_like(elements.states)
-        before = _inclusive(Elements(*(t.flatten(0, 1)[self.before] for t in everyone)))
-        if self.mine == slice(self.count, self.count + 1):
-            return before.states[-1:].clone()  # what was gathered must not be kept with it
-        # nothing enters the first
-        return F.pad(before.states, (0, 0, 0, 0, 1, 0))[self.mine]
+        everyone = _unpack(gathered.flatten(0, 1), padded.states.shape[1:], padded.decays.shape[1:])
+        states, decays = (part.unbind() for part in everyone)
+        entering = torch.empty_like(elements.states)
+        known = None
+        for slot, passed in self.passed:
+            target = entering[slot]
+            if not passed:
+                target.zero_()  # nothing enters the first
+            for place in passed:
+                if known is None:
+                    target.copy_(states[place])
+                else:
+                    torch.addcmul(states[place], decays[place], known, out=target)
+                known = target
+        return entering
 
 
 class _LogStep:
@@ -230,7 +243,6 @@ class _Hierarchical:
         owners = nodes[starts]
         runs = [np.arange(starts[run], ends[run]) for run in np.flatnonzero(owners == node)]
         self.runs = [chain.index(run, node * node_size) for run in runs]
-        self.everywhere = chain.index(np.concatenate([*runs, np.empty(0, np.int64)]), node * node_size)
         self.rounds = _rounds(owners, node)
         self.slots, self.node_size = chain.slots_per_rank, node_size
         self.within: Literal["group", "node"] = "group" if node_size >= chain.ranks else "node"
@@ -239,10 +251,9 @@ class _Hierarchical:
         held = yield from _to_slices(_padded(elements, self.slots), self.node_size, self.within)
         inside = [_inclusive(Elements(*(t[run] for t in held))) for run in self.runs]
         entering = yield from _log_step([run.at(-1) for run in inside], self.rounds, "rail", elements.states)
-        # a rank or a node may hold nothing
-        states = [held.states[:0], *(_entering(run, enters) for run, enters in zip(inside, entering, strict=True))]
-        back = torch.zeros_like(held.states)
-        back[self.everywhere] = torch.cat(states)
+        back = torch.empty_like(held.states)  # where nothing is held, nobody reads it
+        for places, run, enters in zip(self.runs, inside, entering, strict=True):
+            back[places] = _entering(run, enters)
         mine = yield from _from_slices(back, self.node_size, self.within)
         return mine[: len(elements.states), :, : elements.states.shape[2]]
 
@@ -259,20 +270,23 @@ def _entering(run: Elements, enters: Tensor | None) -> Tensor:
     states, decays = run.at(slice(None, -1))
     if enters is None:
         return F.pad(states, (0, 0, 0, 0, 1, 0))
-    return torch.cat([enters[None], decays * enters + states])
+    return torch.cat([enters[None], torch.addcmul(states, decays, enters)])
 
 
 def _to_slices(elements: Elements, parts: int, within: Literal["group", "node"]) -> Steps[Elements]:
     """(parts x slots, rows, width / parts): this rank's slice of every state of every rank, and the decays."""
     states, decays = elements
-    states = F.pad(states, (0, -states.shape[2] % parts))
-    slices = states.unflatten(2, (parts, -1)).movedim(2, 0)
-    if decays.shape[2] == 1:
-        shares = decays.expand(parts, *decays.shape)
-    else:
-        shares = F.pad(decays, (0, -decays.shape[2] % parts)).unflatten(2, (parts, -1)).movedim(2, 0)
+    slices = _cut(states, parts)
+    shares = decays.expand(parts, *decays.shape) if decays.shape[2] == 1 else _cut(decays, parts)
     received = yield AllToAll(torch.cat([slices.flatten(1), shares.flatten(1)], dim=1), within)
     return Elements(*(t.flatten(0, 1) for t in _unpack(received, slices.shape[1:], shares.shape[1:])))
+
+
+def _cut(tensor: Tensor, parts: int) -> Tensor:
+    """(slots, rows, width) -> (parts, slots, rows, width / parts)."""
+    missing = -tensor.shape[2] % parts
+    padded = F.pad(tensor, (0, missing)) if missing else tensor
+    return padded.unflatten(2, (parts, -1)).movedim(2, 0)
 
 
 def _from_slices(states: Tensor, parts: int, within: Literal["group", "node"]) -> Exchange:
@@ -305,7 +319,7 @@ class _Ring:
                 elif previous is not None:
                     got = yield Messages({}, {previous: place.numel()}, place)
                     place.copy_(got[previous].view(place.shape))
-                leaving.append(decay * place + state)
+                leaving.append(torch.addcmul(state, decay, place))
                 if following not in (None, self.rank):
                     yield Messages({following: leaving[-1].flatten()}, {}, place)
         return entering
@@ -394,8 +408,8 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def begin(
     state: Tensor, decay: Tensor, table: SegmentTable, group: Group, backend: StateScan, *, reverse: bool = False
 ) -> Pending:
-    """Start an exchange over `group`, outside autograd; arguments as in `state_scan`, errors too, and ValueError for a
-    table of another number of ranks."""
+    """Start an exchange over `group`, outside autograd; arguments and errors as in `state_scan`. reverse: from the last
+    segment back."""
     check_state_scan(backend, group)
     if backend == "serial_exact":
         raise ValueError(
@@ -458,13 +472,14 @@ def state_scan(state: Tensor, decay: Tensor, table: SegmentTable, group: Group, 
     | `sliced`       | 2 k s: a slice of every state, then its own | 2                    |
     | `hierarchical` | 2 k s in its node, log2(k M) k s / g beyond | 2 + log2(k M)        |
     | `log_step`     | log2(k P) k s                               | log2(k P)            |
-    | `ring`         | k s, one rank after the other               | k a block, of few    |
+    | `ring`         | k s, one rank after the other               | 2 k a block, of few  |
 
     `symmetric_memory` is `all_gather` of two ranks and `sliced` of more, on GPUs of one node that read each other's
     memory. `auto` takes the cheapest of the others by the cost model.
 
-    Raises ValueError for an unknown backend, for `hierarchical` over nodes that hold unlike numbers of ranks, and for
-    `serial_exact`, which is not an exchange but a way to run the operator (`parallel/serial.py`).
+    Raises ValueError for an unknown backend, a table of another number of ranks, `hierarchical` over nodes that hold
+    unlike numbers of ranks, `symmetric_memory` where ranks cannot read each other's memory, and `serial_exact`, which
+    is not an exchange but a way to run the operator (`parallel/serial.py`).
     """
     return _StateScan.apply(state, decay, table, group, backend)
 

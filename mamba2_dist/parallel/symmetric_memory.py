@@ -1,7 +1,5 @@
 """Collectives of GPUs of one node that read each other's memory, by PyTorch's symmetric memory; no multicast."""
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -32,9 +30,9 @@ class SymmetricMemory(ProcessGroups):
         tensor, group = request.tensor.contiguous(), self.group
         gathers = isinstance(request, AllGather)
         ledger.enter_collective("all_gather" if gathers else "all_to_all", group, tensor)
-        buffers = _buffers(group, tensor.numel(), tensor.dtype, self.device)
-        mine, peers = buffers.next()
-        mine.copy_(tensor.view(-1))
+        buffers = shared_buffers(group, tensor.nbytes, self.device)
+        peers = buffers.next(tensor.numel(), tensor.dtype)
+        peers[group.rank].copy_(tensor.view(-1))
         buffers.barrier()
         brought = tensor.new_empty(group.size, tensor.numel() if gathers else tensor.numel() // group.size)
         for rank, peer in enumerate(peers):
@@ -47,28 +45,28 @@ class SymmetricMemory(ProcessGroups):
 class _Buffers:
     """Two buffers that take turns: who writes into one has passed a barrier since anybody last read it."""
 
-    def __init__(self, group: Group, numel: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, group: Group, nbytes: int, device: torch.device):
         import torch.distributed._symmetric_memory as symmetric
 
         assert group.handle is not None, "a group of one exchanges nothing"
-        self.pairs, self.turn = [], 0
-        for _ in range(2):
-            mine = symmetric.empty(numel, dtype=dtype, device=device)
-            handle = symmetric.rendezvous(mine, group.handle)
-            peers = [handle.get_buffer(rank, (numel,), dtype) for rank in range(group.size)]
-            self.pairs.append((mine, peers, handle))
+        self.memory = [symmetric.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        self.handles = [symmetric.rendezvous(memory, group.handle) for memory in self.memory]
+        self.ranks, self.turn = range(group.size), 0
 
-    def next(self) -> tuple[Tensor, list[Tensor]]:
-        """This rank's buffer and every rank's."""
+    def next(self, numel: int, dtype: torch.dtype) -> list[Tensor]:
+        """Every rank's buffer, (numel,)."""
         self.turn = 1 - self.turn
-        mine, peers, _ = self.pairs[self.turn]
-        return mine, peers
+        return [self.handles[self.turn].get_buffer(rank, (numel,), dtype) for rank in self.ranks]
 
     def barrier(self) -> None:
         """Wait on the current stream until all ranks are here."""
-        self.pairs[self.turn][2].barrier()
+        self.handles[self.turn].barrier()
 
 
-@functools.cache
-def _buffers(group: Group, numel: int, dtype: torch.dtype, device: torch.device) -> _Buffers:
-    return _Buffers(group, numel, dtype, device)
+def shared_buffers(group: Group, nbytes: int, device: torch.device) -> _Buffers:
+    """Buffers of at least so many bytes, which live as long as the group; their sizes are powers of two, so that there
+    are few however sizes change, and none that a CUDA graph may read is let go."""
+    key = 1 << (nbytes - 1).bit_length(), device
+    if key not in group.buffers:
+        group.buffers[key] = _Buffers(group, key[0], device)
+    return group.buffers[key]

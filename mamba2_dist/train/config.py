@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from mamba2_dist.config import HybridConfig, ParallelConfig, check_choice_field, check_positive_fields, require
+from mamba2_dist.config import HybridConfig, ParallelConfig, check_choice_fields, check_positive_fields, require
 from mamba2_dist.models.presets import PRESETS
 from mamba2_dist.modules.recompute import Recompute, check_recompute
 
@@ -28,7 +28,7 @@ class DataConfig:
     """"documents": every row reads on where it stopped, and Mamba-2 states of a cut document enter without gradient."""
 
     def __post_init__(self):
-        check_choice_field(self, "carry", "nothing", "documents")
+        check_choice_fields(self, "carry")
         check_positive_fields(self, "seqlen")
         require(
             0 < self.validation_fraction < 1,
@@ -71,7 +71,7 @@ class ScheduleConfig:
     """The last rate as a share of the peak."""
 
     def __post_init__(self):
-        check_choice_field(self, "shape", "cosine", "wsd")
+        check_choice_fields(self, "shape")
         require(self.warmup_steps >= 0, f"warmup_steps must not be below 0, got {self.warmup_steps}")
         require(0 < self.decay_fraction <= 1, f"decay_fraction must lie in (0, 1], got {self.decay_fraction}")
         require(0 <= self.final_fraction <= 1, f"final_fraction must lie in [0, 1], got {self.final_fraction}")
@@ -140,8 +140,7 @@ class TrainConfig:
         require(self.seed >= 0, f"seed must not be below 0, got {self.seed}")
         require(len(self.prompt) > 0, "prompt must not be empty; give it some text")
         require(self.sample_tokens >= 0, f"sample_tokens must not be below 0, got {self.sample_tokens}")
-        check_choice_field(self, "precision", "fp32", "bf16")
-        check_choice_field(self, "device", "auto", "cpu", "cuda")
+        check_choice_fields(self, "precision", "device")
         require(
             self.preset is None or self.preset in PRESETS,
             f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}",
