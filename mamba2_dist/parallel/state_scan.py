@@ -157,14 +157,14 @@ def _rounds(owners: np.ndarray, rank: int) -> list[_Round]:
 
 
 class _AllGather:
-    """Every rank gets every element and passes those before its last position, one after the other: one kernel each."""
+    """Every rank gets every element and passes on what those before its own leave."""
 
     def __init__(self, chain: _Chain, node_size: int):
         self.slots = chain.slots_per_rank
         starts = [0, *chain.mine[:-1]]
         # for each of this rank's positions, what is passed on the way to it from the one before
         self.passed = [
-            (int(chain.slots[end]), chain.places[start:end].tolist())
+            (int(chain.slots[end]), chain.index(np.arange(start, end)))
             for start, end in zip(starts, chain.mine, strict=False)
         ]
 
@@ -172,20 +172,27 @@ class _AllGather:
         padded = _padded(elements, self.slots)
         gathered = yield AllGather(_pack(padded))
         everyone = _unpack(gathered.flatten(0, 1), padded.states.shape[1:], padded.decays.shape[1:])
-        states, decays = (part.unbind() for part in everyone)
         entering = torch.empty_like(elements.states)
         known = None
         for slot, passed in self.passed:
-            target = entering[slot]
-            if not passed:
-                target.zero_()  # nothing enters the first
-            for place in passed:
-                if known is None:
-                    target.copy_(states[place])
-                else:
-                    torch.addcmul(states[place], decays[place], known, out=target)
-                known = target
+            known = _pass(known, everyone.at(passed))
+            if known is None:
+                entering[slot].zero_()  # nothing enters the first
+            else:
+                entering[slot].copy_(known)
         return entering
+
+
+def _pass(known: Tensor | None, elements: Elements) -> Tensor | None:
+    """The state behind elements that follow each other, `known` before them; None: nothing."""
+    states, decays = elements
+    if len(states) < 2:
+        if len(states) and known is not None:
+            return torch.addcmul(states[0], decays[0], known)
+        return states[0] if len(states) else known
+    onwards = decays.flip(0).cumprod(0).flip(0)  # the share that passes each and all behind it
+    left = (onwards[1:] * states[:-1]).sum(0) + states[-1]
+    return left if known is None else torch.addcmul(left, onwards[0], known)
 
 
 class _LogStep:

@@ -32,13 +32,16 @@ class SymmetricMemory(ProcessGroups):
         ledger.enter_collective("all_gather" if gathers else "all_to_all", group, tensor)
         buffers = shared_buffers(group, tensor.nbytes, self.device)
         peers = buffers.next(tensor.numel(), tensor.dtype)
+        # a graph may be replayed whenever others still read, and others may write whenever it does
+        if torch.cuda.is_current_stream_capturing():
+            buffers.barrier()
         peers[group.rank].copy_(tensor.view(-1))
         buffers.barrier()
         brought = tensor.new_empty(group.size, tensor.numel() if gathers else tensor.numel() // group.size)
         for rank, peer in enumerate(peers):
             brought[rank].copy_(peer if gathers else peer.view(group.size, -1)[group.rank])
         if torch.cuda.is_current_stream_capturing():
-            buffers.barrier()  # a graph that is replayed may use the same buffer twice running
+            buffers.barrier()
         return brought.view(group.size, *tensor.shape[0 if gathers else 1 :])
 
 
