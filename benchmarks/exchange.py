@@ -3,10 +3,11 @@ model trained on sequences longer than memory.
 
     torchrun --nproc-per-node 2 benchmarks/exchange.py [--only backends mixer delays peer long] [--tokens 32768]
         [--rounds 5] [--steps 10]
+    python benchmarks/exchange.py --plot benchmarks/results/exchange-h200.json
 
 Prints a table and writes benchmarks/results/exchange-<device>.json, into $OUT where it is set; rows of parts that are
 not run stay as they are in the file there is. Megatron-core's mixer is compared where megatron-core, mamba_ssm and
-causal_conv1d can be imported. Every side is timed in one process, in turn.
+causal_conv1d can be imported. Every side is timed in one process, in turn. With --plot draws docs/exchange.png.
 """
 
 import argparse
@@ -56,7 +57,11 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=8, help="in one round")
     parser.add_argument("--long-tokens", nargs="+", type=int, choices=LONG, default=list(LONG))
     parser.add_argument("--steps", type=int, default=10, help="updates on long sequences")
+    parser.add_argument("--plot", metavar="RESULTS", help="only draw what a results file holds")
     options = parser.parse_args()
+    if options.plot:
+        plot(json.loads(Path(options.plot).read_text()))
+        return
     dist.init_process_group("cpu:gloo,cuda:nccl")
     torch.cuda.set_device(dist.get_rank())
     groups = ParallelGroups(cp=dist.get_world_size())
@@ -447,6 +452,44 @@ def table_row(row: dict) -> str:
     show = lambda name, form: "-" if row.get(name) is None else format(row[name], form)  # noqa: E731
     columns = "".join(f"{show(name, '.3f'):>9}" for name in ("ours", "peer", "ratio", "over", "graph", "peak_GiB"))
     return f"{row['what']:32} {row['case']:64} {row['unit']:3}{columns}"
+
+
+def plot(results: dict) -> None:
+    """A mixer over two GPUs by who splits it, and with exchanges as long as the model says for more GPUs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def of(what: str) -> list[dict]:
+        return [row for row in results["rows"] if row["what"] == what]
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    peers, schemes = of("mixer cp2 vs megatron a2a"), of("mixer cp2 vs our kernels a2a")
+    bars = {
+        "states exchanged": [row["ours"] for row in peers],
+        "our kernels, all-to-alls": [row["peer"] for row in schemes],
+        "Megatron-core": [row["peer"] for row in peers],
+    }
+    for index, (name, values) in enumerate(bars.items()):
+        places = [place + 0.26 * (index - 1) for place in range(len(values))]
+        left.bar_label(left.bar(places, values, 0.24, label=name), fmt="%.1f", fontsize=8)
+    left.set_xticks(range(len(peers)), [row["case"].rsplit(",", 1)[0] for row in peers])
+    left.set(ylabel="ms, forward and backward", title="a mixer, cp=2, 32768 tokens a GPU")
+    left.legend(fontsize=8)
+    for row in of("mixer with a modelled exchange"):
+        row["shape"], row["by"], row["ranks"] = row["case"].split(",")[0], *row["case"].rsplit(", ", 2)[1:]
+    delayed = of("mixer with a modelled exchange")
+    for shape, by in dict.fromkeys((row["shape"], row["by"]) for row in delayed):
+        mine = [row for row in delayed if (row["shape"], row["by"]) == (shape, by)]
+        ranks = [int(row["ranks"].removeprefix("P = ")) for row in mine]
+        right.plot(ranks, [row["over"] for row in mine], marker="o", ms=4, label=f"{shape}, {by}")
+    right.set_xscale("log", base=2)
+    right.set_xticks([64, 1024, 4096], ["64", "1024", "4096"])
+    right.set(xlabel="GPUs the exchange is modelled for", title="over half a step on one GPU", ylim=(1.0, None))
+    right.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    figure.savefig(ROOT / "docs" / "exchange.png", dpi=120)
 
 
 if __name__ == "__main__":
