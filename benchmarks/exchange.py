@@ -43,7 +43,7 @@ SHAPES = [(2560, 1), (4096, 8)]  # d_model, ngroups
 PEER_SHAPES = [(2560, 8), (4096, 8)]
 BACKENDS = ("all_gather", "sliced", "log_step", "ring", "symmetric_memory")
 DELAYED_RANKS = (64, 1024, 4096)
-LONG = {2**20: (16, "none"), 2**21: (32, "inner")}  # parts and recompute, by tokens of a sequence
+LONG = {2**20: "none", 2**21: "inner"}  # recompute, by tokens of a sequence
 PARTS = ("backends", "mixer", "delays", "peer", "long")
 BF16 = {"device": "cuda", "dtype": torch.bfloat16}
 
@@ -51,7 +51,7 @@ BF16 = {"device": "cuda", "dtype": torch.bfloat16}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--tokens", type=int, default=32768, help="of one rank")
+    parser.add_argument("--tokens", type=int, default=32768, help="of one rank at a time")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="print which kernels of the mixer cost more when cut")
     parser.add_argument("--calls", type=int, default=8, help="in one round")
@@ -414,7 +414,7 @@ def measure_long(groups: ParallelGroups, options: argparse.Namespace):
             write_texts(Path(folder) / "texts")
         dist.barrier()
         for seqlen in options.long_tokens:
-            parts, recompute = LONG[seqlen]
+            parts, recompute = seqlen // (options.tokens * groups.cp.size), LONG[seqlen]
             keys = [
                 f"data.seqlen={seqlen}", f"parts={parts}", f"recompute={recompute}", f"parallel.cp={groups.cp.size}",
                 "global_batch=1", "micro_batch=1", "data.validation_fraction=0.4", "schedule.warmup_steps=2",
