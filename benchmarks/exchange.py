@@ -5,14 +5,15 @@ model trained on sequences longer than memory.
         [--rounds 5] [--steps 10]
     python benchmarks/exchange.py --plot benchmarks/results/exchange-h200.json
 
-Prints a table and writes benchmarks/results/exchange-<device>.json, into $OUT where it is set; rows of parts that are
-not run stay as they are in the file there is. Megatron-core's mixer is compared where megatron-core, mamba_ssm and
-causal_conv1d can be imported. Every side is timed in one process, in turn. With --plot draws docs/exchange.png.
+Prints a table and writes benchmarks/results/exchange-<device>.json, into $OUT where it is set; rows of earlier runs
+stay until they are measured again. Megatron-core's mixer is compared where megatron-core, mamba_ssm and causal_conv1d
+can be imported. Every side is timed in one process, in turn. With --plot draws docs/exchange.png.
 """
 
 import argparse
 import gc
 import json
+import os
 import statistics
 import tempfile
 from contextlib import contextmanager
@@ -65,21 +66,29 @@ def main() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl")
     torch.cuda.set_device(dist.get_rank())
     groups = ParallelGroups(cp=dist.get_world_size())
-    results = origin() | {"ranks": groups.cp.size, "nccl": ".".join(map(str, torch.cuda.nccl.version())), "rows": []}
-    others = [row for row in rows_so_far(results["device"]) if row["part"] not in options.only]
+    results = origin() | {"rows": []}
+    measured = {
+        "ranks": groups.cp.size, "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        **{name: results[name] for name in ("commit", "torch", "triton")},
+    }  # fmt: skip
+    rows = rows_so_far(results["device"])
     for part in options.only:
         for row in globals()[f"measure_{part}"](groups, options):
-            others.append({"part": part, "commit": results["commit"]} | row)
+            rows[row["what"], row["case"]] = row | measured
             say(table_row(row))
-        results["rows"] = sorted(others, key=lambda row: PARTS.index(row["part"]))
+        results["rows"] = list(rows.values())
         if dist.get_rank() == 0:
             write(results, "exchange")
     dist.destroy_process_group()
 
 
-def rows_so_far(device: str) -> list[dict]:
-    path = results_path("exchange", device, ROOT / "benchmarks" / "results")
-    return json.loads(path.read_text())["rows"] if path.exists() else []
+def rows_so_far(device: str) -> dict[tuple[str, str], dict]:
+    """By what and case, those of the file that is written to, or else of the last one that was kept."""
+    for folder in (os.environ.get("OUT"), ROOT / "benchmarks" / "results"):
+        path = folder and results_path("exchange", device, Path(folder))
+        if path and path.exists():
+            return {(row["what"], row["case"]): row for row in json.loads(path.read_text())["rows"]}
+    return {}
 
 
 def say(text: str) -> None:
@@ -87,11 +96,11 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def slowest(milliseconds: float, group: Group) -> float:
-    """The most of any rank."""
-    times = torch.tensor([milliseconds], device="cuda")
-    dist.all_reduce(times, dist.ReduceOp.MAX, group=group.handle)
-    return times.item()
+def most(value: float, group: Group) -> float:
+    """Of any rank."""
+    values = torch.tensor([value], device="cuda")
+    dist.all_reduce(values, dist.ReduceOp.MAX, group=group.handle)
+    return values.item()
 
 
 def in_turn(calls: dict[str, Call], group: Group, options: argparse.Namespace, warmup: int = 3) -> dict[str, float]:
@@ -111,7 +120,7 @@ def in_turn(calls: dict[str, Call], group: Group, options: argparse.Namespace, w
                 call()
             end.record()
             torch.cuda.synchronize()
-            times[side].append(slowest(start.elapsed_time(end) / options.calls, group))
+            times[side].append(most(start.elapsed_time(end) / options.calls, group))
     return {side: statistics.median(each) for side, each in times.items()}
 
 
@@ -128,8 +137,7 @@ def measure_backends(groups: ParallelGroups, options: argparse.Namespace):
         many = argparse.Namespace(rounds=options.rounds, calls=100)
         times = in_turn({backend: call(backend) for backend in BACKENDS}, groups.cp, many)
         notes: list[str] = []
-        # a graph of one exchange would use one of the buffers of symmetric memory again before its turn
-        graphs = {name: capture(call(name), name, notes) for name in BACKENDS if name != "symmetric_memory"}
+        graphs = {name: capture(call(name), name, notes) for name in BACKENDS}
         alone = in_turn({name: graph for name, graph in graphs.items() if graph}, groups.cp, many)
         for backend, time in times.items():
             case = f"{nheads} heads, {state.nbytes / 2**20:.1f} MiB"
@@ -232,7 +240,7 @@ def exposed_ms(kernels: list[tuple[str, float, float]], group: Group) -> tuple[f
     talking = [(start, end) for name, start, end in kernels if "nccl" in name.lower()]
     working = [(start, end) for name, start, end in kernels if "nccl" not in name.lower()]
     alone = total_length(talking + working) - total_length(working)
-    return tuple(slowest(length / PROFILED / 1e3, group) for length in (alone, total_length(talking)))
+    return tuple(most(length / PROFILED / 1e3, group) for length in (alone, total_length(talking)))
 
 
 def differences(whole: list, cut: list, ranks: int, count: int = 14) -> str:
@@ -427,11 +435,12 @@ def measure_long(groups: ParallelGroups, options: argparse.Namespace):
             for _ in range(options.steps):
                 updates.append(trainer._update())
                 say(f"update {len(updates)}: {updates[-1]}")
-            speed = statistics.median(update["tokens_per_s"] for update in updates[1:])
+            late = updates[1:] or updates
+            speed = statistics.median(update["tokens_per_s"] for update in late)
             case = f"Mamba-2 1.3B, {seqlen:,} tokens a sequence in {parts} parts, recompute {recompute}"
             yield make_row("long context", case, speed, None, None, "tokens/s") | {
-                "peak_GiB": slowest(torch.cuda.max_memory_allocated() / GIB, groups.cp),
-                "mfu": statistics.median(update["mfu"] for update in updates[1:]),
+                "peak_GiB": most(torch.cuda.max_memory_allocated() / GIB, groups.cp),
+                "mfu": statistics.median(update["mfu"] for update in late),
                 "losses": [update["loss"] for update in updates],
             }
             del trainer

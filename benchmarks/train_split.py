@@ -3,10 +3,9 @@
     python benchmarks/train_split.py [--splits "cp=2 zigzag"] [--seeds 0 1 2] [--steps 200] [--device cuda|cpu]
     python benchmarks/train_split.py --plot benchmarks/results/train-split-h200.json
 
-The noise of bfloat16 is how far the curve of one GPU is from that of one GPU in float32. Two such curves differ by the
-root of two times the noise, and no split's should differ from one GPU's by more than a little above that. Other runs of
-one GPU that compute the same with other roundings, compiled and in micro-batches, are shown beside. Prints a table and
-writes benchmarks/results/train-split-<device>.json; with --plot draws docs/train-split.png from it.
+The noise of bfloat16 is how far curves of one GPU are from its curve in float32, over all seeds and three ways to
+round: as it is, compiled, and in micro-batches. No split should be farther from float32 than twice that. Prints a table
+and writes benchmarks/results/train-split-<device>.json; with --plot draws docs/train-split.png from it.
 """
 
 import argparse
@@ -41,7 +40,7 @@ SPLITS = {
     "cp=2": ["parallel.cp=2", "parallel.layout=contiguous"],
     "cp=2 zigzag": ["parallel.cp=2", "parallel.layout=zigzag"],
 }
-MUCH = 1.5  # times the noise; root of the mean square over updates and seeds
+MUCH = 2.0  # times the noise; root of the mean square over updates and seeds
 
 
 def main() -> None:
@@ -54,6 +53,8 @@ def main() -> None:
     parser.add_argument("--together", type=int, default=3, help="runs at a time on every GPU")
     parser.add_argument("--plot", metavar="RESULTS", help="only draw the curves of a results file")
     options = parser.parse_args()
+    if any(key.startswith("precision=") for key in options.keys):
+        parser.error("precision is what is compared; leave it out of --keys")
     if options.plot:
         plot(json.loads(Path(options.plot).read_text()))
         return
@@ -70,16 +71,17 @@ def main() -> None:
             f"{row['difference']:10.2e} {row['largest_difference']:10.2e} {row['to_float32']:10.2e}"
         )
     write(rows, options.device)
-    noise = pooled(rows, EXACT)
-    spread = {split: pooled(rows, split) for split in (*ALONE, *options.splits)}
-    for split, each in spread.items():
-        print(f"{split}: {each / noise:.2f} times the noise ({noise:.2e})")
+    rounded = [case for case in ALONE if case != EXACT]
+    noise = pooled(rows, rounded)
+    spread = {case: pooled(rows, [case]) for case in (*rounded, *options.splits)}
+    for case, each in spread.items():
+        print(f"{case}: {each:.2e} from float32, {each / noise:.2f} times the noise")
     raise SystemExit(0 if all(spread[split] <= MUCH * noise for split in options.splits) else 1)
 
 
-def pooled(rows: list[dict], split: str) -> float:
-    """The relative difference of all seeds' curves from one GPU's, as the root of the mean square."""
-    return root_mean_square([row["difference"] for row in rows if row["case"] == split])
+def pooled(rows: list[dict], cases: list[str]) -> float:
+    """How far the curves of these are from one GPU's in float32, as the root of the mean square over all seeds."""
+    return root_mean_square([row["to_float32"] for row in rows if row["case"] in cases])
 
 
 def root_mean_square(values: list[float]) -> float:

@@ -6,7 +6,7 @@ from .models.hybrid_model import HybridModel
 from .models.parts import backward_in_parts
 from .modules.mixer import Mamba2Mixer
 from .parallel.groups import ParallelGroups
-from .parallel.segments import SegmentTable
+from .parallel.segments import SegmentTable, rows_between
 
 __version__ = "0.1.0"
 
@@ -22,4 +22,5 @@ __all__ = [
     "SegmentTable",
     "backward_in_parts",
     "presets",
+    "rows_between",
 ]

@@ -27,9 +27,9 @@ def check_positive_fields(config: object, *names: str) -> None:
 
 def check_choice_fields(config: Any, *names: str) -> None:
     """Raise ValueError unless every named field is one of those that its `Literal` lists."""
-    for item in fields(config):
-        if item.name in names:
-            check_choice(item.name, getattr(config, item.name), get_args(item.type))
+    types = {item.name: item.type for item in fields(config)}
+    for name in names:
+        check_choice(name, getattr(config, name), get_args(types[name]))
 
 
 def check_range(name: str, bounds: tuple[float, float]) -> None:

@@ -97,8 +97,8 @@ class SSDSpan(_Span):
 
 
 class SerialSpan(_Span):
-    """The operator with states handed on: one device that had all tokens would give the same bits, if its documents
-    were cut at chunks of 128 tokens.
+    """The operator with states handed on: kernels that had all tokens would give the same bits, if their documents were
+    cut at chunks of 128 tokens.
 
         forward:   `forward`, from the states that enter to those that are left
         backward:  `left_again`, the same states as the backward pass has them; `back`, from the gradients of the

@@ -133,6 +133,11 @@ class HybridModel(nn.Module):
                 raise ValueError(f"segments must be given when cp ({self.groups.cp.size}) is above 1")
             segments = SegmentTable.contiguous(tokens.shape[1], 1, batch=tokens.shape[0])
         self._check(tokens, labels, segments)
+        if "*" in self.config.pattern and any(cache and cache.ssm.requires_grad for cache in memory or []):
+            raise ValueError(
+                f"memory must not require gradients when the pattern ({self.config.pattern}) has attention, which sees "
+                "a batch's tokens only; detach it, or give all tokens in one batch"
+            )
         logits = self._logits(self.backbone(tokens, segments, memory))
         if labels is None:
             return logits

@@ -1,5 +1,6 @@
 """Training on a sequence in parts, one after the other, in the memory of one."""
 
+import operator
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,33 +14,37 @@ from .hybrid_model import Memory
 
 def backward_in_parts(loss: Callable[[int, Memory], Tensor], parts: int, memory: Memory) -> Tensor:
     """Gradients of the sum of the losses of a sequence's parts, each of which begins with the states that the one
-    before left; returns the sum.
+    before left; returns this rank's share of the sum.
 
     The gradients are those of the whole sequence. Activations are those of one part: a first pass keeps only the states
     between parts, then each part is run again and differentiated, from the last back. That is one more forward pass of
     all parts but the last.
 
-    loss: gives part `index`'s loss, a scalar, from what its rows carry, which it brings up to date, as in
-        `model(tokens, labels, table, memory).sum()`; called first without gradients, then with.
-    memory: before the first part, as from `HybridModel.new_memory`; brought up to date, without gradient.
-    The model must have no attention, which would see a part's own tokens only.
-    Raises ValueError without parts.
+    loss: gives part `index`'s loss, a scalar, from what its rows carry, which it hands to the model, as in
+        `model(tokens, labels, table, memory).sum()` with a table of `rows_between`. It is called without gradients for
+        all parts but the last, then with, from the last part to part 0, and must give the same both times. DDP should
+        sum gradients over ranks with part 0 only; FSDP with every part, or it keeps the whole model's.
+    memory: before the first part, as from `HybridModel.new_memory`; its caches are replaced, without gradient.
+    Raises ValueError without parts, and when a loss leaves its memory as it was.
     """
     check_positive("parts", parts)
-    entering = [_copy(memory)]
+    entering = [_leaves(memory)]
     with torch.no_grad():
         for index in range(parts - 1):
-            entering.append(_copy(entering[-1]))
-            loss(index, entering[-1])
+            left = _leaves(entering[-1])
+            loss(index, left)
+            entering.append(_leaves(left))
     total, d_left = None, None
     for index in reversed(range(parts)):
         leaves = entering.pop()
-        for tensor in _tensors(leaves):
-            tensor.requires_grad_()
         left = [None if cache is None else Mamba2Cache(cache.conv, cache.ssm) for cache in leaves]
         value = loss(index, left)
+        if all(map(operator.is_, _tensors(left), _tensors(leaves))):
+            raise ValueError(
+                f"the loss of part {index} left its memory as it was; hand it to a model with Mamba-2 layers"
+            )
         if d_left is None:
-            memory[:] = _copy(left)
+            memory[:] = _apart(left)
             value.backward()
         else:
             ends = [(tensor, grad) for tensor, grad in zip(_tensors(left), d_left, strict=True) if grad is not None]
@@ -50,9 +55,17 @@ def backward_in_parts(loss: Callable[[int, Memory], Tensor], parts: int, memory:
     return total
 
 
-def _copy(memory: Memory) -> Memory:
-    """The same tensors without their graph, in a memory of its own."""
+def _apart(memory: Memory) -> Memory:
+    """The same tensors without their graph, in caches of their own."""
     return [None if cache is None else Mamba2Cache(cache.conv.detach(), cache.ssm.detach()) for cache in memory]
+
+
+def _leaves(memory: Memory) -> Memory:
+    """The same, where a graph may begin."""
+    leaves = _apart(memory)
+    for tensor in _tensors(leaves):
+        tensor.requires_grad_()
+    return leaves
 
 
 def _tensors(memory: Memory) -> Iterator[Tensor]:

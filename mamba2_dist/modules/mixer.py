@@ -32,7 +32,7 @@ class Mamba2Cache:
     """What a mixer remembers of the tokens before: conv, (batch, d_conv - 1, channels/tp), and ssm,
     (batch, nheads/tp, headdim, d_state)."""
 
-    # no dataclass: FSDP hands modules copies of those whose tensors require gradients, and the module sets what is left
+    # a dataclass would reach a module as FSDP's copy, and what the module stores in it would be lost
 
     def __init__(self, conv: Tensor, ssm: Tensor):
         self.conv, self.ssm = conv, ssm
@@ -115,7 +115,8 @@ class Mamba2Mixer(PartitionedModule):
 
         segments: how the sequence is cut over cp; None: rows of one document each, cp must be 1.
         memory: what the rows of the batch before left, which enters those that are carried; brought up to date on every
-            rank of cp. What is left has a gradient where what entered requires one.
+            rank of cp. What is left has a gradient where what entered requires one. With tp above ngroups the gradient
+            of conv's B and C is what this rank of tp adds to it.
         """
         if segments is None and self.cp.size > 1:
             raise ValueError(f"segments must be given when cp ({self.cp.size}) is above 1")

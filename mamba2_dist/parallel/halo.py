@@ -66,13 +66,14 @@ class _Halo(torch.autograd.Function):
         ctx.channels, ctx.plan, ctx.group = channels, plan, group
         ctx.last = last if carry is not None and carry.differentiable else None
         ctx.earlier = None if earlier is None else (earlier.shape, earlier.dtype)
-        return x.view_as(x), halo.unflatten(0, plan.pieces), last_inputs
+        return x.view_as(x), halo.unflatten(0, plan.pieces) if plan.needed else None, last_inputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx, d_halo, d_last_inputs):
-        plan, dx, d_halo = ctx.plan, dx.contiguous(), d_halo.flatten(0, 1)
+        plan, dx = ctx.plan, dx.contiguous()
         d_inputs = dx.flatten(0, 1)[:, : ctx.channels]
+        d_halo = dx.new_zeros(math.prod(plan.pieces), ctx.channels) if d_halo is None else d_halo.flatten(0, 1)
         if ctx.last is not None:
             d_halo = ctx.last.give_back(d_last_inputs, d_inputs, d_halo)
         if plan.needed:

@@ -201,8 +201,8 @@ class SegmentTable:
         return np.maximum.accumulate(starts, axis=1)
 
 
-def documents_between(documents: Sequence[Sequence[int]], start: int, end: int) -> dict:
-    """`documents` and `carried` of a table for tokens [start, end) of rows of documents, a batch of its own."""
+def rows_between(documents: Sequence[Sequence[int]], start: int, end: int) -> dict:
+    """`documents` and `carried` of a table of tokens [start, end) of rows of documents."""
     return {
         "documents": [[0, *(o - start for o in offsets if start < o < end), end - start] for offsets in documents],
         "carried": [start not in offsets for offsets in documents],

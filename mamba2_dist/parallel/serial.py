@@ -1,7 +1,7 @@
 """State scan "serial_exact": states handed from segment to segment, each of which begins when the one before has ended.
 
-Slow, and for tests: where sequences are cut at chunks of their documents, what it computes of activations has the same
-bits on any number of ranks, gradients included.
+Slow, and for tests: where sequences are cut at chunks of their documents, what the kernels compute of activations has
+the same bits on any number of ranks, gradients included.
 """
 
 import math

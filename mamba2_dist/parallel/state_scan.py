@@ -120,8 +120,9 @@ class _Chain:
         """The places of these from those of `first_rank` on; a slice where they follow each other: that takes no
         kernel."""
         numbers = self.places[positions] - first_rank * self.slots_per_rank
-        if len(numbers) and (np.diff(numbers) == 1).all():
-            return slice(int(numbers[0]), int(numbers[-1]) + 1)
+        if (np.diff(numbers) == 1).all():
+            first = int(numbers[0]) if len(numbers) else 0
+            return slice(first, first + len(numbers))
         return to_device(numbers, self.device)
 
 

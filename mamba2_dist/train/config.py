@@ -102,8 +102,8 @@ class TrainConfig:
     micro_batch: int | None = None
     """Windows at a time on one dp rank; None: all of its share. Less means gradient accumulation."""
     parts: int = 1
-    """Runs of a window's tokens that are trained one after the other, with the memory of one: states go on from part to
-    part and their gradients back, at the price of one more forward pass. Above 1 the pattern must have no attention."""
+    """Runs of a window's tokens that are trained one after the other, with the activations of one: states go on from
+    part to part and their gradients back, for one more forward pass. Above 1 the pattern must have no attention."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16": matrix products in bfloat16, parameters, states and sums in float32."""
     recompute: Recompute = "none"

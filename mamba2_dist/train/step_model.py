@@ -107,8 +107,11 @@ class Sizes:
 
     @property
     def accumulated(self) -> int:
-        """Backward passes of one update."""
-        return self.config.share(self.dp)[0] // self.batch * self.config.parts
+        """Backward passes before gradients are summed over ranks: under FSDP each part's are."""
+        parts = self.config.parts
+        if parts > 1 and self.split.sharding == "fsdp":
+            return 1
+        return self.config.share(self.dp)[0] // self.batch * parts
 
     @property
     def tokens(self) -> int:

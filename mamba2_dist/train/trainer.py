@@ -27,7 +27,7 @@ from mamba2_dist.modules.linear import cast_once
 from mamba2_dist.parallel.collectives import sum_over
 from mamba2_dist.parallel.cost_model import H200
 from mamba2_dist.parallel.groups import ParallelGroups
-from mamba2_dist.parallel.segments import SegmentTable, documents_between
+from mamba2_dist.parallel.segments import SegmentTable, rows_between
 from mamba2_dist.parallel.state_scan import chosen
 
 from . import data
@@ -246,8 +246,8 @@ class Trainer:
         """Add the gradients of a micro-batch, over ranks too if it is the last; its loss, times `scale`."""
 
         def loss(index: int, memory: Memory | None) -> Tensor:
-            # the first part's gradients come last
-            with self._gradient_sync(last and index == 0):
+            # the first part's gradients come last; FSDP keeps those of the whole model until it has summed them
+            with self._gradient_sync((last and index == 0) or (self.sharded and len(parts) > 1)):
                 return self._losses(*parts[index], memory).sum() * scale
 
         if len(parts) > 1:
@@ -288,7 +288,7 @@ class Trainer:
         edges = [tokens.shape[1] * part // self.config.parts for part in range(self.config.parts + 1)]
         parts = []
         for start, end in itertools.pairwise(edges):
-            within = documents_between(documents, start, end)
+            within = rows_between(documents, start, end)
             if start == 0:
                 within["carried"] = continues
             table = cut(end - start, cp.size, **within)

@@ -21,7 +21,7 @@ from mamba2_dist import (
 )
 from mamba2_dist.parallel.carry import Carry
 from mamba2_dist.parallel.ledger import record_collectives
-from mamba2_dist.parallel.segments import Segment, documents_between
+from mamba2_dist.parallel.segments import Segment, rows_between
 from mamba2_dist.parallel.ssd import SSDOverSegments, conv1d_over_segments
 
 from ..distributed import run_ranks
@@ -83,7 +83,7 @@ def _model(tp, cp, layouts, recompute, sequence_parallel):
     (expected * weight).sum().backward()
     memory = model.new_memory(len(DOCUMENTS))
     for (start, end), layout in zip(itertools.pairwise(cuts), itertools.cycle(layouts), strict=False):
-        table = _cut(layout, end - start, cp, **documents_between(DOCUMENTS, start, end))
+        table = _cut(layout, end - start, cp, **rows_between(DOCUMENTS, start, end))
         mine = [table.shard(whole[:, start:end], groups.cp.rank) for whole in (tokens, labels, expected, weight)]
         losses = model(*mine[:2], table, memory)
         assert_close(losses, mine[2], EXACT, f"losses of tokens {start} to {end}")
@@ -122,7 +122,7 @@ def _fuzzed(ranks, documents, cuts, segments, scan):
     (expected * weight).sum().backward()
     memory = mixer.new_cache(len(documents))
     for (start, end), cut in zip(itertools.pairwise(cuts), segments, strict=True):
-        table = SegmentTable(cut, ranks=ranks, **documents_between(documents, start, end))
+        table = SegmentTable(cut, ranks=ranks, **rows_between(documents, start, end))
         mine = [table.shard(whole[:, start:end], groups.cp.rank) for whole in (u, expected, weight)]
         y = mixer(mine[0], table, memory)
         assert_close(y, mine[1], EXACT, f"tokens {start} to {end}")
@@ -156,7 +156,7 @@ def _triton(ranks, layout):
     inputs = torch.randn(2, 40, 2, 16), torch.rand(2, 40, 2), torch.randn(2, 40, 1, 16), torch.randn(2, 40, 1, 16)
     conv, ssm = torch.zeros(2, 3, 16), torch.zeros(2, 2, 16, 16)
     for start, end in itertools.pairwise(cuts):
-        part = documents_between(documents, start, end)
+        part = rows_between(documents, start, end)
         table, alone = _cut(layout, end - start, ranks, **part), _cut("contiguous", end - start, 1, **part)
         results = []
         for cut, over, backend in ((table, group, "triton"), (alone, ParallelGroups.alone().states, "torch")):
@@ -185,7 +185,7 @@ def _hybrid(cp, layout):
     models = [HybridModel(_config("M*M"), g, dtype=torch.float64) for g in (groups, ParallelGroups.alone())]
     memories = [model.new_memory(len(DOCUMENTS)) for model in models]
     for start, end in ((0, 10), (10, 24)):
-        part = documents_between(DOCUMENTS, start, end)
+        part = rows_between(DOCUMENTS, start, end)
         table, alone = _cut(layout, end - start, cp, **part), _cut("contiguous", end - start, 1, **part)
         logits = models[0](table.shard(tokens[:, start:end], groups.cp.rank), None, table, memories[0])
         expected = models[1](tokens[:, start:end], None, alone, memories[1])

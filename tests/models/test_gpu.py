@@ -16,7 +16,7 @@ from mamba2_dist import (
     SegmentTable,
     backward_in_parts,
 )
-from mamba2_dist.parallel.segments import documents_between
+from mamba2_dist.parallel.segments import rows_between
 
 from ..tolerances import EXACT, MODEL, assert_close
 
@@ -72,7 +72,7 @@ def _in_batches(
 
     def loss(index, memory):
         start, end = edges[index]
-        table = getattr(SegmentTable, layout)(end - start, 1, **documents_between(DOCUMENTS, start, end))
+        table = getattr(SegmentTable, layout)(end - start, 1, **rows_between(DOCUMENTS, start, end))
         losses = model(table.shard(tokens[:, start:end], 0), table.shard(labels[:, start:end], 0), table, memory)
         parts[index] = torch.empty(2, end - start, dtype=losses.dtype)
         parts[index][:, table.local(0).positions] = losses.detach().cpu()

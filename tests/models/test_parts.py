@@ -1,6 +1,7 @@
 """A sequence trained in parts has the loss and the gradients of the whole, and so has memory with gradients."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from mamba2_dist import (
     backward_in_parts,
 )
 from mamba2_dist.modules.mixer import Mamba2Cache
-from mamba2_dist.parallel.segments import documents_between
+from mamba2_dist.parallel.segments import rows_between
 
 from ..distributed import run_ranks
 from ..splits import assert_same_gradients, groups_of
@@ -25,10 +26,11 @@ from ..tolerances import EXACT, assert_close
 from .test_carry import CUTS, DOCUMENTS, LAYOUTS, SEQLEN, _config, _cut, _draw_segments, lengths
 
 
-def _model(tp, cp, layouts, recompute):
-    groups, float64 = groups_of(tp, cp), {"dtype": torch.float64}
-    model = HybridModel(_config(), groups, ParallelConfig(tp=tp, cp=cp), recompute=recompute, **float64)
-    whole = HybridModel(_config(), ParallelGroups.alone(), **float64)
+def _model(tp, cp, layouts, recompute, ngroups=2):
+    groups, float64, config = groups_of(tp, cp), {"dtype": torch.float64}, _config()
+    config = replace(config, mamba=replace(config.mamba, ngroups=ngroups))
+    model = HybridModel(config, groups, ParallelConfig(tp=tp, cp=cp), recompute=recompute, **float64)
+    whole = HybridModel(config, ParallelGroups.alone(), **float64)
     tokens, labels = torch.randint(0, 32, (2, len(DOCUMENTS), SEQLEN))
     expected = whole(tokens, labels, SegmentTable.contiguous(SEQLEN, 1, documents=DOCUMENTS))
     weight = torch.randn_like(expected)
@@ -38,7 +40,7 @@ def _model(tp, cp, layouts, recompute):
     def loss(index, memory):
         calls.append((index, torch.is_grad_enabled()))
         start, end = edges[index]
-        within = documents_between(DOCUMENTS, start, end)
+        within = rows_between(DOCUMENTS, start, end)
         table = _cut(layouts[index % len(layouts)], end - start, cp, **within)
         mine = [table.shard(tensor[:, start:end], groups.cp.rank) for tensor in (tokens, labels, weight)]
         return (model(*mine[:2], table, memory) * mine[2]).sum()
@@ -72,6 +74,36 @@ def test_recompute(cp, recompute):
     run_ranks(cp, _model, 1, cp, ["zigzag"], recompute)
 
 
+def test_fewer_groups_than_ranks():
+    run_ranks(4, _model, 2, 2, ["zigzag"], "none", 1)
+
+
+def test_a_memory_that_was_left_may_be_written_to():
+    mixer = Mamba2Mixer(Mamba2Config(d_state=4, headdim=4), 8)
+    cache = _memory(mixer, 1)
+    mixer(torch.randn(1, 5, 8), SegmentTable.contiguous(5, 1, carried=[True]), cache)
+    cache.ssm.mul_(0.5)
+    cache.ssm.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "given", "message"),
+    [
+        ("M*", True, r"memory must not require gradients when the pattern \(M\*\) has attention"),
+        ("M", False, "the loss of part 1 left its memory as it was"),
+    ],
+)
+def test_mistakes(pattern, given, message):
+    model, tokens = HybridModel(_config(pattern)), torch.zeros(1, 4, dtype=torch.long)
+
+    def loss(index, memory):
+        table = SegmentTable.contiguous(4, 1, **rows_between([[0, 8]], 4 * index, 4 * index + 4))
+        return model(tokens, tokens, table if given else None, memory if given else None).sum()
+
+    with pytest.raises(ValueError, match=message):
+        backward_in_parts(loss, 2, model.new_memory(1))
+
+
 def _memory(mixer, rows: int) -> Mamba2Cache:
     cache = mixer.new_cache(rows)
     return Mamba2Cache(*(torch.randn_like(tensor).requires_grad_() for tensor in (cache.conv, cache.ssm)))
@@ -97,7 +129,7 @@ def _chained(ranks, documents, carried, cuts, segments, scan):
     _check_steps(whole, documents, carried, leaves, weights)
     mine, memory, total = [], Mamba2Cache(entering.conv, entering.ssm), 0.0
     for (start, end), cut in zip(itertools.pairwise(cuts), segments, strict=True):
-        within = documents_between(documents, start, end)
+        within = rows_between(documents, start, end)
         if start == 0:
             within["carried"] = carried
         table = SegmentTable(cut, ranks=ranks, **within)
