@@ -425,10 +425,9 @@ def measure_long(groups: ParallelGroups, options: argparse.Namespace):
             parts, recompute = seqlen // (options.tokens * groups.cp.size), LONG[seqlen]
             keys = [
                 f"data.seqlen={seqlen}", f"parts={parts}", f"recompute={recompute}", f"parallel.cp={groups.cp.size}",
-                "global_batch=1", "micro_batch=1", "data.validation_fraction=0.4", "schedule.warmup_steps=2",
                 f"out={shared[0]}/run", f"data.cache={shared[0]}/data", f"data.source={shared[0]}/texts",
             ]  # fmt: skip
-            file = str(ROOT / "examples" / "mamba2_1_3b.yaml")
+            file = str(ROOT / "examples" / "mamba2_1_3b_long.yaml")
             config = parse(TrainConfig, "train", [file, *keys], with_file=True)
             torch.cuda.reset_peak_memory_stats()
             trainer, updates = Trainer(config, Path(config.out), device), []
