@@ -75,10 +75,10 @@ def main() -> None:
     for part in options.only:
         for row in globals()[f"measure_{part}"](groups, options):
             rows[row["what"], row["case"]] = row | measured
+            results["rows"] = list(rows.values())
             say(table_row(row))
-        results["rows"] = list(rows.values())
-        if dist.get_rank() == 0:
-            write(results, "exchange")
+            if dist.get_rank() == 0:
+                write(results, "exchange")
     dist.destroy_process_group()
 
 

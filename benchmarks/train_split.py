@@ -173,24 +173,24 @@ def write(rows: list[dict], device: str) -> None:
 
 
 def plot(results: dict) -> None:
-    """The curves of the first seed, and below them how far each of all seeds is from one GPU's."""
+    """The curves of the first seed; below, how far those of all seeds are from one GPU's in float32, in runs of ten."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (above, below) = plt.subplots(2, sharex=True, figsize=(7, 5), layout="constrained")
-    references = {row["seed"]: row["losses"] for row in results["rows"] if row["case"] == WHOLE}
-    colors = dict(zip(dict.fromkeys(row["case"] for row in results["rows"]), plt.cm.tab10.colors, strict=False))
-    for row in results["rows"]:
-        updates, first = range(1, len(row["losses"]) + 1), row["seed"] == min(references)
-        if first:
-            above.plot(updates, row["losses"], label=row["case"], color=colors[row["case"]], lw=1)
-        if row["case"] != WHOLE:
-            differences = relative(row["losses"], references[row["seed"]])
-            below.semilogy(updates, [max(each, 1e-9) for each in differences], color=colors[row["case"]], lw=0.6)
+    curves = {(row["case"], row["seed"]): row["losses"] for row in results["rows"]}
+    seeds = sorted({seed for _, seed in curves})
+    for case in dict.fromkeys(case for case, _ in curves):
+        above.plot(range(1, len(curves[case, seeds[0]]) + 1), curves[case, seeds[0]], label=case, lw=1)
+        distances = [relative(curves[case, seed], curves[EXACT, seed]) for seed in seeds]
+        begins = range(0, len(distances[0]), 10)
+        pooled = [root_mean_square([each for row in distances for each in row[i : i + 10]]) for i in begins]
+        below.semilogy([i + 5.5 for i in begins], [each or math.nan for each in pooled], marker="o", ms=3, lw=1)
     above.set(ylabel="nats per token", title=f"{results['device']}, torch {results['torch']}, bf16")
-    below.set(ylabel="relative difference", xlabel="update", ylim=(1e-8, 2e-2))
+    below.set(ylabel="relative distance\nto float32", xlabel="update")
+    below.grid(alpha=0.3)
     above.legend()
     figure.savefig(ROOT / "docs" / "train-split.png", dpi=120)
 
