@@ -201,7 +201,8 @@ def _mixer_on_a_gpu(layout, recompute):
     options = {"device": torch.device("cuda", torch.cuda.current_device()), "dtype": torch.bfloat16}
     torch.use_deterministic_algorithms(True)
     try:
-        _mixer(table, recompute, Mamba2Config(), 512, options)
+        # a width at which cuBLAS does not cut sums of few rows in parts
+        _mixer(table, recompute, Mamba2Config(), 2560, options)
     finally:
         torch.use_deterministic_algorithms(False)  # these processes run other tests too
 
