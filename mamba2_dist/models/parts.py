@@ -1,4 +1,4 @@
-"""Training on a sequence in parts, one after the other, in the memory of one."""
+"""Training on a sequence in parts, one after the other, with the activations of one."""
 
 import operator
 from collections.abc import Callable, Iterator
