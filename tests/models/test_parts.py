@@ -62,7 +62,7 @@ def _model(tp, cp, layouts, recompute, ngroups=2):
             assert_close(cache.conv, other.conv, EXACT)
 
 
-@pytest.mark.parametrize("layouts", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("layouts", [LAYOUTS[0], LAYOUTS[-1]], ids="-".join)
 @pytest.mark.parametrize(("tp", "cp"), [(1, 1), (2, 1), (1, 2), (1, 4), (2, 2)])
 def test_parts_are_the_whole(tp, cp, layouts):
     run_ranks(tp * cp, _model, tp, cp, layouts, "none")

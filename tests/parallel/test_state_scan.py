@@ -126,7 +126,8 @@ def test_many_ranks_in_one_process(ranks, node_size, layout, reverse, backend):
     _play(getattr(SegmentTable, layout)(2 * ranks, ranks), backend, node_size, reverse)
 
 
-@pytest.mark.parametrize("backend", PLAYED)
+# with symmetric memory the steps are those of slices
+@pytest.mark.parametrize("backend", [backend for backend in PLAYED if backend != "symmetric_memory"])
 def test_4096_ranks(backend):
     _play(SegmentTable.contiguous(4096, 4096), backend, 8, reverse=True)
 
