@@ -436,7 +436,8 @@ def measure_long(groups: ParallelGroups, options: argparse.Namespace):
                 say(f"update {len(updates)}: {updates[-1]}")
             late = updates[1:] or updates
             speed = statistics.median(update["tokens_per_s"] for update in late)
-            case = f"Mamba-2 1.3B, {seqlen:,} tokens a sequence in {parts} parts, recompute {recompute}"
+            how = f"{parts} parts, recompute {recompute}, {config.parallel.sharding}"
+            case = f"Mamba-2 1.3B, {seqlen:,} tokens a sequence in {how}"
             yield make_row("long context", case, speed, None, None, "tokens/s") | {
                 "peak_GiB": most(torch.cuda.max_memory_allocated() / GIB, groups.cp),
                 "mfu": statistics.median(update["mfu"] for update in late),

@@ -103,10 +103,11 @@ def _heading(config: PlanConfig, machine: Machine) -> list[str]:
     """What is planned, for what machine, and what is known of it."""
     grows = "sequences grow with cp" if config.seqlen is None else f"sequences of {config.seqlen} tokens"
     split = config.parallel
+    in_parts = f" in {config.parts} parts" if config.parts > 1 else ""
     lines = [
         f"{config.preset or config.architecture.pattern}: tp {split.tp}, dp {split.dp or 1}, cp the rest; {grows}; "
         f"{split.sharding}, recompute {config.recompute}",
-        f"one micro-batch, forward and backward, on {machine.name}, {machine.node_size} GPUs a node; times in ms",
+        f"one micro-batch{in_parts}, forward and backward, on {machine.name}, {machine.node_size} GPUs a node; in ms",
     ]
     assumed = [name for name in LABELLED if name not in machine.measured]
     lines.append(f"assumed, not measured: {', '.join(assumed) or 'nothing'}")

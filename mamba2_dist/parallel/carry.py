@@ -67,7 +67,7 @@ class Carry:
         )
         self.last_inputs = self.final_states = conv.new_empty(0)
         """What this rank knows of what leaves."""
-        self._left: Callable[[], Tensor] | None = None
+        self._left: Callable[[], Tensor]
 
     def find_last_inputs(self, device: torch.device) -> _LastInputs | None:
         """None: another rank has them."""
@@ -118,12 +118,12 @@ class Carry:
 
     def left(self) -> tuple[Tensor, Tensor]:
         """What leaves the rows, like conv and ssm."""
-        assert self._left is not None, "outputs come first"
         ssm, conv = self._left().split([math.prod(self.ssm.shape), math.prod(self.conv.shape)])
         ssm, conv = ssm.view(self.ssm.shape), conv.view(self.conv.shape).to(self.conv.dtype)
         if self.differentiable:
             ssm, conv = _Left.apply(ssm, self.final_states), _Left.apply(conv, self.last_inputs)
-        self._left = None
+        # a recipe may keep this object, which must not keep the graph that the recipe is in
+        del self._left, self.final_states, self.last_inputs
         return conv, ssm
 
 
