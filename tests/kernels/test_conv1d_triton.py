@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mamba2_dist.kernels.common.documents import Documents
@@ -130,6 +131,17 @@ def test_a_neighbouring_document_does_not_leak(place):
     spoilt = outcome(on_triton, (x, weight, bias, None), cu_seqlens=offsets)
     for name in ("y", "x"):
         assert torch.equal(spoilt[name][:, 21:], clean[name][:, 21:])
+
+
+def test_bits_wherever_a_document_begins(place):
+    x, weight, bias, _ = draw(place, 1, 64, 40, 4, 1)
+    dy, results = torch.randn_like(x), []
+    for before in range(4):
+        offsets = torch.tensor([0, before, before + 64])
+        leaf = F.pad(x, (0, 0, before, 0)).requires_grad_()
+        y = causal_conv1d(leaf, weight, bias, cu_seqlens=offsets, activation="silu", backend="triton")[:, before:]
+        results.append(torch.cat([y.detach(), torch.autograd.grad(y, leaf, dy)[0][:, before:]]))
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_operator(place):

@@ -189,7 +189,8 @@ def conv_backward_kernel(
                 window = window[1:]
                 reached = ()
                 for k in tl.static_range(WIDTH - 1):
-                    reached = reached + (sums[k] + taps[k] * g,)
+                    # said to be fused: else whichever product comes first is rounded, by a token's place in the loop
+                    reached = reached + (tl.fma(taps[k], g, sums[k]),)
                 sums = reached + (taps[WIDTH - 1] * g,)
                 complete = sums[0].to(dx_ptr.dtype.element_ty)
                 mask = _if_less(_if_less(known, WIDTH - 2, i + u, BLOCK), i + u, length + WIDTH - 1, BLOCK)
