@@ -12,13 +12,15 @@ pass
 | ring             | k s                                       | k (P-1) hand-overs, in K blocks      |
 | symmetric_memory | k (s + a) for P = 2, else as sliced       | 1 or 2 barriers                      |
 
-at most: ranks at an end of the chain receive less.
+at most: ranks at an end of the chain receive less, and neighbours on one node are combined before rounds.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from mamba2_dist.kernels.common.checks import check_choice, check_divisible, check_positive
 
@@ -121,15 +123,16 @@ class Machine:
 
 
 # Measured on two H200s of one host, NCCL 2.28: lines through 16 and 256 MiB, where bytes count for more than launches
-# from the host; a message both ways takes as long as an all-to-all of the same bytes (16 MiB: 84 us). The network is
-# assumed: 400 Gb/s a GPU, and a latency a little above that of a message inside a node.
+# from the host; a message both ways takes as long as an all-to-all of the same bytes (16 MiB: 84 us). Peers' memory: a
+# line through the rows of benchmarks/exchange.py, copies to and from the shared buffer included. The network is assumed:
+# 400 Gb/s a GPU, and a latency a little above that of a message inside a node.
 H200 = Machine(
     name="H200",
     node_size=8,
     node=Link(26e-6, 299e9),
     all_gather=Link(26e-6, 264e9),
     all_to_all=Link(26e-6, 299e9),
-    peer_memory=Link(3.5e-6, 370e9),
+    peer_memory=Link(26.8e-6, 231e9),
     barrier_s=5.6e-6,
     rail=Link(30e-6, 45e9),
     node_step_s=2.5e-6,
@@ -199,7 +202,7 @@ def operations(
     if backend == "all_gather":
         return [Operation("all_gather", ranks, nodes, ranks - 1, (ranks - 1) * segments * both)]
     if backend == "log_step":
-        return _rounds(ranks, nodes, segments, both)
+        return _rounds(_chain(ranks, segments), ranks, nodes, both)
     if backend == "symmetric_memory" and ranks == 2:
         return [Operation("read", ranks, nodes, 1, segments * both)]
     if backend == "symmetric_memory":
@@ -208,7 +211,9 @@ def operations(
         return _transposes("all_to_all", ranks, nodes, segments, state_bytes, decay_bytes)
     assert backend == "hierarchical", backend
     in_node = ranks // nodes
-    between = _rounds(nodes, nodes, segments, state_bytes / in_node + decay_bytes) if nodes > 1 else []
+    chain = _chain(nodes, segments)
+    runs = chain[np.diff(chain, prepend=-1) != 0]  # neighbours on one node are one element
+    between = _rounds(runs, nodes, nodes, state_bytes / in_node + decay_bytes)
     if in_node == 1:
         return between
     there, back = _transposes("all_to_all", in_node, 1, segments, state_bytes, decay_bytes)
@@ -224,10 +229,22 @@ def _transposes(
     return [Operation(kind, ranks, nodes, others, there), Operation(kind, ranks, nodes, others, back)]
 
 
-def _rounds(ranks: int, nodes: int, segments: int, size: float) -> list[Operation]:
-    """An exclusive scan of segments * ranks elements by doubling distances (Kogge and Stone)."""
-    count = math.ceil(math.log2(segments * ranks))
-    return [Operation("message", ranks, nodes, segments, segments * size)] * count
+def _chain(holders: int, segments: int) -> np.ndarray:
+    """Who holds the segments of a sequence: forth, and back again for a second one, as in zigzag."""
+    forth = np.arange(holders)
+    return np.concatenate([forth if turn % 2 == 0 else forth[::-1] for turn in range(segments)])
+
+
+def _rounds(chain: np.ndarray, ranks: int, nodes: int, size: float) -> list[Operation]:
+    """An exclusive scan of the chain's elements by doubling distances (Kogge and Stone)."""
+    found, distance = [], 1
+    while distance < len(chain):
+        receivers = chain[distance:][chain[distance:] != chain[:-distance]]
+        if len(receivers):
+            messages = int(np.bincount(receivers).max())
+            found.append(Operation("message", ranks, nodes, messages, messages * size))
+        distance *= 2
+    return found
 
 
 def traffic(

@@ -389,7 +389,9 @@ def _gathered(sizes: Sizes, backend: str) -> float:
         return 0.0
     keys = 0.0
     if sizes.count("*"):
-        keys = 3 * min(GATHERED_BYTES, sizes.split.cp * sizes.tokens * sizes.kv * BF16)
+        everyone = sizes.split.cp * sizes.tokens * BF16
+        head = everyone * 2 * sizes.model.attention.head_dim
+        keys = 3 * max(head, min(GATHERED_BYTES, everyone * sizes.kv))
     if not sizes.count("M"):
         return keys
     state = sizes.segments * sizes.element_bytes[0]

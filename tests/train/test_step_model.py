@@ -45,6 +45,20 @@ def test_measured_training(name):
     assert step.memory_bytes / 2**30 == pytest.approx(row["peak_GiB"], rel=0.05)
 
 
+@pytest.mark.parametrize("seqlen", [2**20, 2**21])
+def test_measured_long_sequences(seqlen):
+    """In parts over two H200s; no constant was fitted to them either."""
+    from mamba2_dist.cli import parse
+
+    rows = json.loads((ROOT / "benchmarks" / "results" / "exchange-h200.json").read_text())["rows"]
+    row = next(row for row in rows if row["what"] == "long context" and f"{seqlen:,} tokens" in row["case"])
+    keys = [f"data.seqlen={seqlen}", f"parts={seqlen // 2**16}", f"recompute={'none' if seqlen == 2**20 else 'inner'}"]
+    config = parse(TrainConfig, "train", [str(ROOT / "examples/mamba2_1_3b_long.yaml"), *keys], with_file=True)
+    step = model_step(config, "all_gather", H200)
+    assert step.tokens / step.seconds == pytest.approx(row["ours"] / 2, rel=0.05)
+    assert step.memory_bytes / 2**30 == pytest.approx(row["peak_GiB"], rel=0.05)
+
+
 def test_states_hide_behind_z():
     """Forward a product of z's rows, backward two."""
     config = _config(cp=8)
@@ -95,6 +109,19 @@ def test_memory_of_a_split():
     state = 4 * 80 * 64 * 128
     gathered = model_step(_config(cp=8), "all_gather", H200).memory_bytes
     assert gathered - sharded == pytest.approx(state * (8 - 3))
+
+
+def test_gathered_keys_are_a_part_of_the_heads_but_at_least_one():
+    """What more ranks add: one head's keys and values of all tokens, three times, once that is above 1 GiB."""
+    memory = {
+        cp: model_step(
+            _config(preset="hybrid_8b", cp=cp, seqlen=8192 * cp, sharding="ddp"), "sliced", H200
+        ).memory_bytes
+        for cp in (512, 1024, 2048)
+    }
+    head = 2 * 128 * 2 * 8192
+    assert memory[2048] - memory[1024] == pytest.approx(3 * 1024 * head)
+    assert memory[1024] - memory[512] == pytest.approx(3 * 512 * head)
 
 
 def test_parts():

@@ -1,0 +1,45 @@
+"""A mixer over two GPUs against one: side streams, NCCL and shared memory, of which gloo knows nothing."""
+
+import pytest
+import torch
+
+from mamba2_dist import Mamba2Config, Mamba2Mixer, ParallelGroups, SegmentTable
+
+from ..distributed import run_ranks
+from ..splits import assert_same_gradients, groups_of
+from ..tolerances import MODEL, assert_close
+
+DOCUMENTS = [[0, 5, 5, 300, 1024], [0, 1024]]
+
+
+def _against_one(layout: str, scan: str) -> None:
+    """More than once, in buffers that take turns, and without a pause between layers that share them."""
+    groups, rank = groups_of(1, 2), torch.distributed.get_rank()
+    table = getattr(SegmentTable, layout)(1024, 2, documents=DOCUMENTS)
+    alone = SegmentTable.contiguous(1024, 1, documents=DOCUMENTS)
+    whole, cut = (
+        [Mamba2Mixer(Mamba2Config(), 128, split, state_scan=scan, device="cuda") for _ in range(3)]
+        for split in (ParallelGroups.alone(), groups)
+    )
+    for _ in range(2):
+        u, dy = torch.randn(2, 2, 1024, 128).cuda()
+        results = []
+        for layers, cuts, place in ((whole, alone, 0), (cut, table, rank)):
+            leaf = cuts.shard(u, place).requires_grad_()
+            y = leaf
+            for layer in layers:
+                y = layer(y, cuts)
+            y.backward(cuts.shard(dy, place))
+            results.append((y.detach(), leaf.grad))
+        for name, expected, actual in zip(("y", "du"), *results, strict=True):
+            assert_close(actual, table.shard(expected, rank), MODEL[torch.float32], name)
+    for one, other in zip(cut, whole, strict=True):
+        assert_same_gradients(one, other, groups, MODEL[torch.float32])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("scan", ["all_gather", "sliced", "log_step", "ring", "symmetric_memory", "serial_exact"])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_a_mixer_over_gpus(layout, scan):
+    run_ranks(2, _against_one, layout, scan, device="cuda")
