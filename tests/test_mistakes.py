@@ -113,6 +113,10 @@ COMMANDS = [
     ("train good.yaml parallel.tp=0", "tp must be above 0, got 0"),
     ("train good.yaml parallel.layout=spiral", "layout"),
     ("train good.yaml parallel.attention=ring", "attention"),
+    (
+        "train good.yaml parallel.cp=2 parallel.attention=ulysses",
+        "attention (ulysses) needs nheads_kv / tp (1) divisible by the cp ranks of a node (2); set it to auto",
+    ),
     ("train good.yaml parallel.state_scan=gossip", "'hierarchical'"),
     ("train good.yaml parallel.sequence_parallel=true", "needs tp above 1; set tp or leave it off"),
     ("train good.yaml parallel.cp=64", "data.seqlen (32) must be at least the number of segments"),
