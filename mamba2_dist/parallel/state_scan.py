@@ -388,6 +388,11 @@ def check_state_scan(backend: str, group: Group) -> None:
             f"state_scan 'hierarchical' needs as many ranks of {group.name} ({group.size}) on each of its nodes "
             f"({group.nodes}); choose a cp that fills whole nodes, or 'log_step'"
         )
+    if backend == "symmetric_memory" and group.nodes > 1:
+        raise ValueError(
+            f"state_scan 'symmetric_memory' needs all ranks of {group.name} ({group.size}) on one node, got "
+            f"{group.nodes} nodes; choose 'sliced', 'hierarchical' or 'auto'"
+        )
 
 
 class Pending:
@@ -442,7 +447,9 @@ def begin(
 
 
 def _carrier(backend: StateScan, group: Group, device: torch.device) -> ProcessGroups:
-    return SymmetricMemory(group, device) if backend == "symmetric_memory" else ProcessGroups(group)
+    # a rank alone has nobody's memory to read
+    reads = backend == "symmetric_memory" and group.size > 1
+    return SymmetricMemory(group, device) if reads else ProcessGroups(group)
 
 
 def chosen(group: Group, segments: int, state_bytes: int) -> StateScan:

@@ -9,9 +9,10 @@ from torch.utils._pytree import tree_leaves
 
 from mamba2_dist import SegmentTable
 from mamba2_dist.parallel.cost_model import traffic
+from mamba2_dist.parallel.groups import Group
 from mamba2_dist.parallel.ledger import Ledger
 from mamba2_dist.parallel.segments import Segment
-from mamba2_dist.parallel.state_scan import STATE_SCANS, exchange, state_scan
+from mamba2_dist.parallel.state_scan import STATE_SCANS, check_state_scan, exchange, state_scan
 
 from ..distributed import run_ranks
 from ..loopback import loopback
@@ -174,6 +175,17 @@ def _no_peers_memory():
 
 def test_memory_of_no_gpu_is_refused():
     run_ranks(2, _no_peers_memory)
+
+
+def test_memory_of_other_nodes_is_refused():
+    nodes = Group("states", (0, 1, 2, 3), node=Group("node", (0, 1)), rail=Group("rail", (0, 2)), nodes=2)
+    with pytest.raises(ValueError, match=r"needs all ranks of states \(4\) on one node, got 2 nodes; choose 'sliced'"):
+        check_state_scan("symmetric_memory", nodes)
+
+
+@pytest.mark.parametrize("backend", EXCHANGES)
+def test_one_rank_needs_no_other(backend):
+    run_ranks(1, _scan, SegmentTable.zigzag(8, 1), "scalar", backend)
 
 
 def test_unknown_backend_is_refused():
