@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 
 import pytest
 import torch
@@ -183,6 +184,12 @@ COMMANDS = [
     ("plan good.yaml machine=tokenizer.json", "machine (tokenizer.json): a machine has the fields name, node_size"),
     ("plan good.yaml out=file", "file"),
     ("calibrate out=none", "out (none) must be a file that ends in .json"),
+    pytest.param(
+        "calibrate out=/proc/machine.json",
+        "out (/proc/machine.json) cannot be written (No such file or directory); choose another folder",
+        marks=pytest.mark.skipif(sys.platform != "linux", reason="needs a folder that takes no files"),
+    ),
+    ("calibrate out=file/machine.json", "out (file/machine.json) cannot be written"),
     ("calibrate faster", "argument 'faster' is not understood"),
     ("doctor quickly", "doctor takes --ledger or nothing, got quickly"),
 ]
