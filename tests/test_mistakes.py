@@ -169,6 +169,7 @@ COMMANDS = [
     ("plan good.yaml gpu=8", "unknown key 'gpu'; did you mean gpus?"),
     ("plan good.yaml --gpus many", "gpus must be numbers with commas between them, as in gpus=8,64, got 'many'"),
     ("plan good.yaml --gpus", "as in gpus=8,64, got ''"),
+    ("plan good.yaml --gpus 8 gpus=16", "gpus was given twice (8 and 16); give it once"),
     ("plan good.yaml gpus=8,0", "gpus (0) must be above 0 and divisible by parallel.tp * parallel.dp (1)"),
     (
         "plan good.yaml parallel.tp=2 --gpus 3",
@@ -179,6 +180,14 @@ COMMANDS = [
     ("plan good.yaml seqlen=0", "seqlen must be above 0, got 0"),
     ("plan good.yaml parallel.state_scan=serial_exact", "parallel.state_scan (serial_exact) has no cost model"),
     ("plan good.yaml model.vocab_size=321 parallel.tp=2", "vocab_size (321) must be divisible by tp (2)"),
+    (
+        "plan good.yaml gpus=8,16 parallel.state_scan=symmetric_memory",
+        "needs all ranks of states (16) on one node, got 2 nodes; choose 'sliced', 'hierarchical' or 'auto'",
+    ),
+    (
+        "plan good.yaml gpus=8 parallel.attention=ulysses",
+        "attention (ulysses) needs nheads_kv / tp (1) divisible by the cp ranks of a node (8); set it to auto",
+    ),
     ("plan good.yaml machine=missing.json", "write it with `mamba2-dist calibrate out=missing.json`"),
     ("plan good.yaml machine=binary.yaml", "machine (binary.yaml) is not JSON"),
     ("plan good.yaml machine=tokenizer.json", "machine (tokenizer.json): a machine has the fields name, node_size"),

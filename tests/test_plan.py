@@ -46,6 +46,21 @@ def test_rows():
     assert all(0 < row.step.efficiency <= 1 for row in rows.values())
 
 
+def test_what_was_chosen_is_starred(tmp_path, capsys):
+    """Also where a plan would not have chosen among it: in one node hierarchical is sliced."""
+    for backend in ("all_gather", "hierarchical", "symmetric_memory"):
+        config = _plan(f"parallel.state_scan={backend}")
+        assert [row.backend for row in rows_of(config, 8, H200) if row.chosen] == [backend]
+    rows = {row.backend: row.step for row in rows_of(_plan("parallel.state_scan=hierarchical"), 8, H200)}
+    assert rows["hierarchical"] == rows["sliced"]
+    with pytest.raises(ValueError, match="reads peers' memory, which a laptop cannot; choose another"):
+        rows_of(config, 8, replace(H200, name="a laptop", peer_memory=None))
+    main(["plan", *SMALL, "parallel.state_scan=ring", "gpus=8", f"out={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert "ring *" in printed
+    assert "* is what the run takes" in printed
+
+
 @pytest.mark.parametrize("gpus", [["gpus=1,8,64"], ["--gpus", "1,8,64"], ["--gpus=1,8,64"], ["gpus=[1,8,64]"]])
 def test_command(tmp_path, capsys, monkeypatch, gpus):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
