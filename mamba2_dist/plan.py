@@ -1,7 +1,7 @@
 """What a run would take on more GPUs than there are: a model of one step for every way that states can travel."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -12,9 +12,6 @@ from mamba2_dist.parallel.cost_model import H200, SIMPLEST_FIRST, Machine, nodes
 from mamba2_dist.train.config import TrainConfig
 from mamba2_dist.train.machine import load_machine
 from mamba2_dist.train.step_model import Sizes, Step, choose_backend, choose_layout, model_step
-
-# what of a machine a plan says is assumed
-LABELLED = ("node", "all_gather", "all_to_all", "rail", "matmul_flops", "memory_bytes_per_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +108,16 @@ def _heading(config: PlanConfig, machine: Machine) -> list[str]:
         f"{split.sharding}, recompute {config.recompute}",
         f"one micro-batch{in_parts}, forward and backward, on {machine.name}, {machine.node_size} GPUs a node; in ms",
     ]
-    assumed = [name for name in LABELLED if name not in machine.measured]
-    lines.append(f"assumed, not measured: {', '.join(assumed) or 'nothing'}")
+    lines.append(f"assumed, not measured: {', '.join(_assumed(machine)) or 'nothing'}")
     if config.precision != "bf16":
         lines.append(f"precision is {config.precision}, planned as bf16")
     return lines
+
+
+def _assumed(machine: Machine) -> list[str]:
+    """The numbers of a machine that nobody has measured on it."""
+    numbers = [item.name for item in fields(machine) if item.name not in ("name", "measured")]
+    return [name for name in numbers if name not in machine.measured and getattr(machine, name) is not None]
 
 
 def _table(rows: list[Row], machine: Machine, present: int) -> list[str]:
