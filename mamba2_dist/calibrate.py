@@ -3,6 +3,7 @@
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -42,9 +43,19 @@ class CalibrateConfig:
 
 def calibrate(config: CalibrateConfig) -> int:
     """Measure in a process for every GPU, or in two on CPUs; the exit status."""
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    _check_writable(Path(config.out))
     processes = torch.cuda.device_count() or 2
     return launch(processes, ["-m", "mamba2_dist.calibrate", config.out])
+
+
+def _check_writable(path: Path) -> None:
+    """Raise ValueError unless a file can be made beside `path`, whose folder is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"out ({path}) cannot be written ({error.strerror}); choose another folder") from None
 
 
 def fit(sizes: Sequence[float], seconds: Sequence[float]) -> Link:

@@ -85,7 +85,7 @@ def _calibrate(arguments: list[str]) -> None:
 
 def _gpus(arguments: list[str]) -> list[str]:
     """`--gpus 8,64`, `--gpus=8,64` and `gpus=8,64` written as `gpus=[8,64]`."""
-    rest, given = iter(arguments), []
+    rest, given, counts = iter(arguments), [], None
     for argument in rest:
         key, _, value = argument.removeprefix("--").partition("=")
         if key != "gpus":
@@ -94,6 +94,9 @@ def _gpus(arguments: list[str]) -> list[str]:
         value = (next(rest, "") if argument == "--gpus" else value).strip("[]")
         if not re.fullmatch(r"\d+(,\d+)*", value):
             raise ValueError(f"gpus must be numbers with commas between them, as in gpus=8,64, got {value!r}")
+        if counts is not None:
+            raise ValueError(f"gpus was given twice ({counts} and {value}); give it once, as in gpus=8,64")
+        counts = value
         given.append(f"gpus=[{value}]")
     return given
 

@@ -1,19 +1,17 @@
 """What a run would take on more GPUs than there are: a model of one step for every way that states can travel."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
 from mamba2_dist.config import check_positive_fields, require
+from mamba2_dist.models.hybrid_model import check_split
 from mamba2_dist.parallel.cost_model import H200, SIMPLEST_FIRST, Machine, nodes_of, possible
 from mamba2_dist.train.config import TrainConfig
 from mamba2_dist.train.machine import load_machine
 from mamba2_dist.train.step_model import Sizes, Step, choose_backend, choose_layout, model_step
-
-# what of a machine a plan says is assumed
-LABELLED = ("node", "all_gather", "all_to_all", "rail", "matmul_flops", "memory_bytes_per_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,22 +78,23 @@ def plan(config: PlanConfig) -> Path | None:
 
 
 def rows_of(config: PlanConfig, gpus: int, machine: Machine) -> list[Row]:
-    """A row for every possible backend; one where no states travel."""
+    """A row for every possible backend; one where no states travel. Raises ValueError for a split that does not fit."""
     grown = config.on_gpus(gpus)
     cp = grown.parallel.cp
     nodes = nodes_of(cp, grown.parallel.tp, machine)
-    backends = [backend for backend in SIMPLEST_FIRST if possible(backend, nodes, machine)]
+    check_split(grown.architecture, grown.parallel, nodes)
+    run = choose_layout(grown, machine)
     if cp == 1 or "M" not in grown.architecture.pattern:
-        laid = choose_layout(grown, machine)
-        step = model_step(laid, "all_gather", machine)
-        return [Row(gpus, cp, nodes, "-", laid.parallel.layout, True, step)]
+        step = model_step(run, "all_gather", machine)
+        return [Row(gpus, cp, nodes, "-", run.parallel.layout, True, step)]
+    taken = choose_backend(Sizes(run, machine))
     rows = []
-    for backend in backends:
-        laid = choose_layout(grown, machine, backend)
-        sizes = Sizes(laid, machine)
-        chosen = choose_backend(sizes) == backend
+    for backend in SIMPLEST_FIRST:
+        if backend != taken and not possible(backend, nodes, machine):
+            continue
+        laid = run if backend == taken else choose_layout(grown, machine, backend)
         step = model_step(laid, backend, machine)
-        rows.append(Row(gpus, cp, nodes, backend, laid.parallel.layout, chosen, step))
+        rows.append(Row(gpus, cp, nodes, backend, laid.parallel.layout, backend == taken, step))
     return rows
 
 
@@ -109,15 +108,20 @@ def _heading(config: PlanConfig, machine: Machine) -> list[str]:
         f"{split.sharding}, recompute {config.recompute}",
         f"one micro-batch{in_parts}, forward and backward, on {machine.name}, {machine.node_size} GPUs a node; in ms",
     ]
-    assumed = [name for name in LABELLED if name not in machine.measured]
-    lines.append(f"assumed, not measured: {', '.join(assumed) or 'nothing'}")
+    lines.append(f"assumed, not measured: {', '.join(_assumed(machine)) or 'nothing'}")
     if config.precision != "bf16":
         lines.append(f"precision is {config.precision}, planned as bf16")
     return lines
 
 
+def _assumed(machine: Machine) -> list[str]:
+    """The numbers of a machine that nobody has measured on it."""
+    numbers = [item.name for item in fields(machine) if item.name not in ("name", "measured")]
+    return [name for name in numbers if name not in machine.measured and getattr(machine, name) is not None]
+
+
 def _table(rows: list[Row], machine: Machine, present: int) -> list[str]:
-    """One line a row; * marks what `cost_model.choose` takes."""
+    """One line a row; * marks what the run takes."""
     heads = (
         "gpus",
         "nodes",
@@ -145,7 +149,7 @@ def _table(rows: list[Row], machine: Machine, present: int) -> list[str]:
             _label(row, machine, present) + full,
         )  # fmt: skip
         lines.append(form.format(*values).rstrip())
-    return [*lines, "* is what the model chooses; beside exposed: what most of it is; over: does not fit the GPU"]
+    return [*lines, "* is what the run takes; beside exposed: what most of it is; over: does not fit the GPU"]
 
 
 def _label(row: Row, machine: Machine, present: int) -> str:

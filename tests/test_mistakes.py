@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 
 import pytest
 import torch
@@ -113,6 +114,10 @@ COMMANDS = [
     ("train good.yaml parallel.tp=0", "tp must be above 0, got 0"),
     ("train good.yaml parallel.layout=spiral", "layout"),
     ("train good.yaml parallel.attention=ring", "attention"),
+    (
+        "train good.yaml parallel.cp=2 parallel.attention=ulysses",
+        "attention (ulysses) needs nheads_kv / tp (1) divisible by the cp ranks of a node (2); set it to auto",
+    ),
     ("train good.yaml parallel.state_scan=gossip", "'hierarchical'"),
     ("train good.yaml parallel.sequence_parallel=true", "needs tp above 1; set tp or leave it off"),
     ("train good.yaml parallel.cp=64", "data.seqlen (32) must be at least the number of segments"),
@@ -164,6 +169,7 @@ COMMANDS = [
     ("plan good.yaml gpu=8", "unknown key 'gpu'; did you mean gpus?"),
     ("plan good.yaml --gpus many", "gpus must be numbers with commas between them, as in gpus=8,64, got 'many'"),
     ("plan good.yaml --gpus", "as in gpus=8,64, got ''"),
+    ("plan good.yaml --gpus 8 gpus=16", "gpus was given twice (8 and 16); give it once"),
     ("plan good.yaml gpus=8,0", "gpus (0) must be above 0 and divisible by parallel.tp * parallel.dp (1)"),
     (
         "plan good.yaml parallel.tp=2 --gpus 3",
@@ -174,11 +180,25 @@ COMMANDS = [
     ("plan good.yaml seqlen=0", "seqlen must be above 0, got 0"),
     ("plan good.yaml parallel.state_scan=serial_exact", "parallel.state_scan (serial_exact) has no cost model"),
     ("plan good.yaml model.vocab_size=321 parallel.tp=2", "vocab_size (321) must be divisible by tp (2)"),
+    (
+        "plan good.yaml gpus=8,16 parallel.state_scan=symmetric_memory",
+        "needs all ranks of states (16) on one node, got 2 nodes; choose 'sliced', 'hierarchical' or 'auto'",
+    ),
+    (
+        "plan good.yaml gpus=8 parallel.attention=ulysses",
+        "attention (ulysses) needs nheads_kv / tp (1) divisible by the cp ranks of a node (8); set it to auto",
+    ),
     ("plan good.yaml machine=missing.json", "write it with `mamba2-dist calibrate out=missing.json`"),
     ("plan good.yaml machine=binary.yaml", "machine (binary.yaml) is not JSON"),
     ("plan good.yaml machine=tokenizer.json", "machine (tokenizer.json): a machine has the fields name, node_size"),
     ("plan good.yaml out=file", "file"),
     ("calibrate out=none", "out (none) must be a file that ends in .json"),
+    pytest.param(
+        "calibrate out=/proc/machine.json",
+        "out (/proc/machine.json) cannot be written (No such file or directory); choose another folder",
+        marks=pytest.mark.skipif(sys.platform != "linux", reason="needs a folder that takes no files"),
+    ),
+    ("calibrate out=file/machine.json", "out (file/machine.json) cannot be written"),
     ("calibrate faster", "argument 'faster' is not understood"),
     ("doctor quickly", "doctor takes --ledger or nothing, got quickly"),
 ]

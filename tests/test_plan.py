@@ -46,6 +46,21 @@ def test_rows():
     assert all(0 < row.step.efficiency <= 1 for row in rows.values())
 
 
+def test_what_was_chosen_is_starred(tmp_path, capsys):
+    """Also where a plan would not have chosen among it: in one node hierarchical is sliced."""
+    for backend in ("all_gather", "hierarchical", "symmetric_memory"):
+        config = _plan(f"parallel.state_scan={backend}")
+        assert [row.backend for row in rows_of(config, 8, H200) if row.chosen] == [backend]
+    rows = {row.backend: row.step for row in rows_of(_plan("parallel.state_scan=hierarchical"), 8, H200)}
+    assert rows["hierarchical"] == rows["sliced"]
+    with pytest.raises(ValueError, match="reads peers' memory, which a laptop cannot; choose another"):
+        rows_of(config, 8, replace(H200, name="a laptop", peer_memory=None))
+    main(["plan", *SMALL, "parallel.state_scan=ring", "gpus=8", f"out={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert "ring *" in printed
+    assert "* is what the run takes" in printed
+
+
 @pytest.mark.parametrize("gpus", [["gpus=1,8,64"], ["--gpus", "1,8,64"], ["--gpus=1,8,64"], ["gpus=[1,8,64]"]])
 def test_command(tmp_path, capsys, monkeypatch, gpus):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
@@ -56,7 +71,7 @@ def test_command(tmp_path, capsys, monkeypatch, gpus):
     for row in rows:
         assert ("modelled" in row) == (row.split()[0] == "64"), row
         assert ("network assumed" in row) == (row.split()[0] == "64"), row
-    assert "assumed, not measured: rail" in "\n".join(lines)
+    assert "assumed, not measured: node_size, rail, node_step_s, rail_step_s, rail_message_s" in lines
     assert (tmp_path / "new" / "plan.png").stat().st_size > 1000
 
 
@@ -102,8 +117,8 @@ def test_calibrate(tmp_path, capfd):
     assert stopped.value.code == 0
     machine = load_machine(out)
     assert (machine.name, machine.node_size, machine.peer_memory) == ("CPU", 2, None)
-    assert {"node", "all_gather", "all_to_all", "matmul_flops"} <= set(machine.measured)
-    assert not {"rail", "rail_step_s", "barrier_s"} & set(machine.measured)
+    links = {"node", "all_gather", "all_to_all"}
+    assert set(machine.measured) == links | {"node_size", "matmul_flops", "memory_bytes_per_s", "memory_bytes"}
     assert machine.rail == H200.rail
     for link in (machine.node, machine.all_gather, machine.all_to_all):
         assert isinstance(link, Link)
@@ -111,4 +126,6 @@ def test_calibrate(tmp_path, capfd):
     assert "all_to_all: 2 processes" in capfd.readouterr().out
     assert json.loads(out.read_text())["note"].endswith("nothing here has measured them")
     main(["plan", *SMALL, "gpus=2,4", f"machine={out}", f"out={tmp_path}"])
-    assert "2 GPUs a node" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "2 GPUs a node" in printed
+    assert "assumed, not measured: barrier_s, rail, node_step_s, rail_step_s, rail_message_s\n" in printed

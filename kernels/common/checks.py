@@ -1,6 +1,7 @@
 """Argument checks that name the argument, what was expected and what came."""
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,20 @@ def check_positive(name: str, value: float) -> None:
     """Raise ValueError unless `value` is above zero and finite."""
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be above 0{' and finite' if value > 0 else ''}, got {value}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is an int or a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def check_integer(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is of an integer type, of Python, NumPy or PyTorch."""
+    try:
+        operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

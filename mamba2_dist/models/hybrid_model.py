@@ -23,11 +23,13 @@ Memory = list[Mamba2Cache | None]
 """By layer, what rows carry from batch to batch."""
 
 
-def check_split(config: HybridConfig, tp: int) -> None:
-    """Raise ValueError unless `tp` ranks can share the model."""
+def check_split(config: HybridConfig, parallel: ParallelConfig, nodes: int = 1) -> None:
+    """Raise ValueError unless the model can be split like this, with cp on so many nodes, as many ranks on each."""
+    ranks, part = tuple(range(parallel.cp)), Group("node", tuple(range(parallel.cp // nodes)))
     groups = ParallelGroups.alone()
-    groups.tp = Group("tp", tuple(range(tp)))
-    HybridModel(config, groups, ParallelConfig(tp=tp), device="meta")
+    groups.tp, groups.dp = Group("tp", tuple(range(parallel.tp))), Group("dp", tuple(range(parallel.dp or 1)))
+    groups.cp, groups.states = (Group(name, ranks, node=part, nodes=nodes) for name in ("cp", "states"))
+    HybridModel(config, groups, parallel, device="meta")
 
 
 def _check_range(name: str, values: Tensor, not_below: Tensor, vocab_size: int) -> None:
@@ -76,9 +78,11 @@ class Backbone(nn.Module):
 class HybridModel(nn.Module):
     """A language model of Mamba-2, attention and MLP layers, split over `groups`.
 
-    parallel: how it is split; its sizes must be those of `groups`. recompute: what Mamba-2 layers make again in the
-    backward pass; see `Mamba2Mixer`. compiled: activations of MLPs and the loss by torch.compile. seed: parameters are
-    drawn from it, the same model whatever the split. Raises ValueError when the model does not fit the split.
+    parallel: how it is split; its sizes must be those of `groups`. Its layout and sharding are for the trainer: here
+    `segments` say how a sequence is cut, and who wraps the model how parameters are shared. recompute: what Mamba-2
+    layers make again in the backward pass; see `Mamba2Mixer`. compiled: activations of MLPs and the loss by
+    torch.compile. seed: parameters are drawn from it, the same model whatever the split. Raises ValueError when the
+    model does not fit the split.
     """
 
     def __init__(
@@ -96,8 +100,8 @@ class HybridModel(nn.Module):
         super().__init__()
         groups = groups or ParallelGroups()
         parallel = parallel or ParallelConfig(tp=groups.tp.size, cp=groups.cp.size)
-        for name, size in (("tp", groups.tp.size), ("cp", groups.cp.size)):
-            if getattr(parallel, name) != size:
+        for name, size in (("tp", groups.tp.size), ("cp", groups.cp.size), ("dp", groups.dp.size)):
+            if getattr(parallel, name) not in (size, None):
                 raise ValueError(f"parallel.{name} ({getattr(parallel, name)}) must equal the groups' {name} ({size})")
         if groups.pp.size > 1:
             raise ValueError(f"pp must be 1, got {groups.pp.size}; pipelines need a pipeline engine")

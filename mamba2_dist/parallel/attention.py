@@ -107,11 +107,13 @@ def _route(method: AttentionMethod, q: Tensor, k: Tensor, table: SegmentTable, g
         sharing = _Route(group.node, group.rail, tuple(tuple(ranks[i : i + size]) for i in ranks[::size]))
     if method != "auto" or group.size == 1:
         return sharing if method == "ulysses" else gathering
-    if k.shape[2] % sharing.heads.size:
-        return gathering
-    # by nothing that ranks differ in: all must choose the same
-    costs = [_cost(route, q, k, table, group) for route in (sharing, gathering)]
-    return sharing if costs[0] <= costs[1] else gathering
+    shares = k.shape[2] % sharing.heads.size == 0
+    if shares:
+        # by nothing that ranks differ in: all must choose the same
+        costs = [_cost(route, q, k, table, group) for route in (sharing, gathering)]
+        shares = costs[0] <= costs[1]
+    group.log_choice("attention auto: %s", "ulysses" if shares else "all_gather")
+    return sharing if shares else gathering
 
 
 def _route_with_lengths(

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from mamba2_dist.kernels.common.checks import check_choice, check_divisible, check_positive
+from mamba2_dist.kernels.common.checks import check_choice, check_divisible, check_integer, check_number, check_positive
 
 Backend = Literal["all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory"]
 BACKENDS = get_args(Backend)
@@ -44,8 +44,9 @@ class Link:
     bytes_per_s: float
 
     def __post_init__(self):
-        check_positive("latency_s", self.latency_s)
-        check_positive("bytes_per_s", self.bytes_per_s)
+        for name, value in (("latency_s", self.latency_s), ("bytes_per_s", self.bytes_per_s)):
+            check_number(name, value)
+            check_positive(name, value)
 
     def time(self, size: float) -> float:
         """Seconds for `size` bytes."""
@@ -87,12 +88,17 @@ class Machine:
     """The fields that were measured; the others are assumed."""
 
     def __post_init__(self):
+        if not isinstance(self.name, str):
+            raise ValueError(f"name must be a string, got {self.name!r}")
+        if not isinstance(self.measured, list | tuple) or not all(isinstance(name, str) for name in self.measured):
+            raise ValueError(f"measured must be a list of names of fields, got {self.measured!r}")
         object.__setattr__(self, "measured", tuple(self.measured))
         for item in fields(self):
             value = getattr(self, item.name)
             if item.type in (int, float):
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise ValueError(f"{item.name} must be a number, got {value!r}")
+                check_number(item.name, value)
+                if item.type is int:
+                    check_integer(item.name, value)
                 check_positive(item.name, value)
             elif item.type in (Link, Link | None) and not isinstance(value, item.type):
                 raise ValueError(f"{item.name} must be a link, got {value!r}")

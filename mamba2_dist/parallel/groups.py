@@ -1,5 +1,6 @@
 """Process groups of a run, made once from a device mesh and passed as arguments."""
 
+import logging
 import os
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from mamba2_dist.kernels.common.checks import check_positive
 
 from .cost_model import H200, Machine
 
+logger = logging.getLogger(__name__)
 AXES = ("tp", "cp", "pp", "dp")
 
 
@@ -42,6 +44,17 @@ class Group:
     def buffers(self) -> dict[Hashable, Any]:
         """Memory that the group's ranks share."""
         return {}
+
+    @cached_property
+    def _logged(self) -> set[tuple]:
+        return set()
+
+    def log_choice(self, message: str, *values: object) -> None:
+        """Log what "auto" stands for over the group: on its first rank, and the same only once."""
+        if self.rank == 0 and (message, values) not in self._logged:
+            self._logged.add((message, values))
+            place = self.size, self.nodes, self.machine.name
+            logger.info(message + ", for %d ranks on %d nodes of %s", *values, *place)
 
     @classmethod
     def of(cls, name: str, handle: dist.ProcessGroup) -> "Group":

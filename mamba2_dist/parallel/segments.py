@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mamba2_dist.kernels.common.checks import check_positive
+from mamba2_dist.kernels.common.checks import check_integer, check_positive
 from mamba2_dist.kernels.common.documents import Documents
 from mamba2_dist.kernels.common.transfer import Kept, Made, to_device
 
@@ -90,6 +90,8 @@ class SegmentTable:
     def uneven(cls, lengths: Sequence[int], **options) -> "SegmentTable":
         """Rank r holds the r-th of consecutive runs of the given lengths; options: `batch` or `documents`,
         and `carried`."""
+        for rank, length in enumerate(lengths):
+            _check_length(f"lengths[{rank}]", length)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).tolist()
         segments = [Segment(offsets[rank], offsets[rank + 1], rank, 0) for rank in range(len(lengths))]
         return cls(segments, ranks=len(lengths), **options)
@@ -98,15 +100,13 @@ class SegmentTable:
     def contiguous(cls, seqlen: int, ranks: int, **options) -> "SegmentTable":
         """Rank r holds the r-th of `ranks` consecutive runs, as even as can be; options: `batch` or `documents`,
         and `carried`."""
-        check_positive("ranks", ranks)
         return cls.uneven(_even(seqlen, ranks), **options)
 
     @classmethod
     def zigzag(cls, seqlen: int, ranks: int, **options) -> "SegmentTable":
         """Of 2 * `ranks` consecutive runs rank r holds the r-th and the r-th from the end, which balances causal
         attention; options: `batch` or `documents`, and `carried`."""
-        check_positive("ranks", ranks)
-        lengths = _even(seqlen, 2 * ranks)
+        lengths = _even(seqlen, ranks, 2)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).tolist()
         owners = [*((rank, 0) for rank in range(ranks)), *((rank, 1) for rank in reversed(range(ranks)))]
         segments = [Segment(offsets[i], offsets[i + 1], rank, slot) for i, (rank, slot) in enumerate(owners)]
@@ -260,5 +260,16 @@ class LocalSegments:
         return self._kept.get(key, make)
 
 
-def _even(length: int, parts: int) -> list[int]:
-    return [length // parts + (part < length % parts) for part in range(parts)]
+def _even(seqlen: int, ranks: int, pieces: int = 1) -> list[int]:
+    """The lengths of so many runs a rank."""
+    _check_length("seqlen", seqlen)
+    check_integer("ranks", ranks)
+    check_positive("ranks", ranks)
+    parts = pieces * ranks
+    return [seqlen // parts + (part < seqlen % parts) for part in range(parts)]
+
+
+def _check_length(name: str, tokens: int) -> None:
+    check_integer(name, tokens)
+    if tokens < 0:
+        raise ValueError(f"{name} must not be below 0, got {tokens}")

@@ -11,7 +11,6 @@ so backward is the same scan of (a, U) in reverse order.
 
 import functools
 import itertools
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from mamba2_dist.kernels.common.checks import check_choice
 from mamba2_dist.kernels.common.transfer import to_device
 
-from .cost_model import RING_BLOCKS, Backend, Machine, choose
+from .cost_model import RING_BLOCKS, Backend, choose
 from .groups import Group
 from .messages import AllGather, AllToAll, Exchange, Messages, ProcessGroups, Steps
 from .segments import SegmentTable
@@ -34,7 +33,6 @@ from .symmetric_memory import SymmetricMemory
 
 StateScan = Literal["auto", Backend, "serial_exact"]
 STATE_SCANS = get_args(StateScan)
-logger = logging.getLogger(__name__)
 
 
 # elements
@@ -388,6 +386,11 @@ def check_state_scan(backend: str, group: Group) -> None:
             f"state_scan 'hierarchical' needs as many ranks of {group.name} ({group.size}) on each of its nodes "
             f"({group.nodes}); choose a cp that fills whole nodes, or 'log_step'"
         )
+    if backend == "symmetric_memory" and group.nodes > 1:
+        raise ValueError(
+            f"state_scan 'symmetric_memory' needs all ranks of {group.name} ({group.size}) on one node, got "
+            f"{group.nodes} nodes; choose 'sliced', 'hierarchical' or 'auto'"
+        )
 
 
 class Pending:
@@ -442,7 +445,12 @@ def begin(
 
 
 def _carrier(backend: StateScan, group: Group, device: torch.device) -> ProcessGroups:
-    return SymmetricMemory(group, device) if backend == "symmetric_memory" else ProcessGroups(group)
+    # a rank alone has nobody's memory to read
+    reads = backend == "symmetric_memory" and group.size > 1
+    return SymmetricMemory(group, device) if reads else ProcessGroups(group)
+
+
+_choose = functools.cache(choose)  # asked for every exchange
 
 
 def chosen(group: Group, segments: int, state_bytes: int) -> StateScan:
@@ -451,17 +459,10 @@ def chosen(group: Group, segments: int, state_bytes: int) -> StateScan:
     Never "symmetric_memory", which not every machine can do.
     """
     if group.nodes > 1 and group.node is None:
-        return "log_step"  # whatever the nodes hold
-    return _choose(group.size, group.nodes, segments, state_bytes, group.machine)
-
-
-@functools.cache
-def _choose(ranks: int, nodes: int, segments: int, state_bytes: int, machine: Machine) -> StateScan:
-    backend = choose(ranks, nodes, segments, state_bytes, machine)
-    logger.info(
-        "state_scan auto: %s, for %d ranks on %d nodes, %d states a rank of %.3f MB, by the links of %s",
-        backend, ranks, nodes, segments, state_bytes / 1e6, machine.name,
-    )  # fmt: skip
+        backend = "log_step"  # whatever the nodes hold
+    else:
+        backend = _choose(group.size, group.nodes, segments, state_bytes, group.machine)
+    group.log_choice("state_scan auto: %s, of %d states a rank of %.3f MB", backend, segments, state_bytes / 1e6)
     return cast(StateScan, backend)
 
 

@@ -11,15 +11,15 @@ from .messages import AllGather, AllToAll, ProcessGroups, Request
 class SymmetricMemory(ProcessGroups):
     """Carries collectives by copies from the other ranks' memory, after one barrier on the current stream.
 
-    Raises ValueError where ranks cannot read each other's memory.
+    group: of several ranks on one node. Raises ValueError where they are not on GPUs.
     """
 
     def __init__(self, group: Group, device: torch.device):
         super().__init__(group)
-        if device.type != "cuda" or group.nodes > 1:
+        if device.type != "cuda":
             raise ValueError(
-                f"state_scan 'symmetric_memory' needs all ranks on GPUs of one node, got {device.type} and "
-                f"{group.nodes} nodes; choose 'sliced', 'hierarchical' or 'auto'"
+                f"state_scan 'symmetric_memory' needs all ranks on GPUs of one node, got {device.type}; choose "
+                "'sliced', 'hierarchical' or 'auto'"
             )
         self.device = device
 

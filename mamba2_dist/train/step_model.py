@@ -211,7 +211,9 @@ def choose_layout(config: TrainConfig, machine: Machine, backend: str | None = N
     fits = config.data.seqlen % pieces == 0 if split.sequence_parallel else config.data.seqlen >= pieces
     if "*" not in config.architecture.pattern or split.cp == 1 or not fits:
         return contiguous
-    if split.cp * split.tp > machine.node_size and split.cp * split.tp % machine.node_size:
+    try:
+        nodes_of(split.cp, split.tp, machine)
+    except ValueError:
         return zigzag  # nodes that are filled in part have no cost model
     if split.state_scan == "serial_exact":
         return zigzag  # nor have states that are handed on

@@ -63,7 +63,7 @@ def check(config: TrainConfig) -> None:
     on_gpu = use_gpus(config.device, parallel.processes)
     if parallel.state_scan == "symmetric_memory" and parallel.cp > 1 and not on_gpu:
         raise ValueError("parallel.state_scan (symmetric_memory) needs GPUs; set it to auto, or use device=cuda")
-    check_split(model, parallel.tp)
+    check_split(model, parallel)
     if config.machine is not None:
         load_machine(Path(config.machine))
     folder = data.prepare(config.data, model.vocab_size)

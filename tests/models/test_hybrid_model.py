@@ -70,9 +70,10 @@ def test_wrong_calls_are_refused(call, message):
 @pytest.mark.parametrize(("ngroups", "tp"), [(1, 2), (2, 4), (4, 2)])
 def test_a_split_is_judged_without_processes(ngroups, tp):
     mamba = Mamba2Config(d_state=6, headdim=4, ngroups=ngroups)
-    check_split(HybridConfig(**{**vars(CONFIG), "mamba": mamba}), tp)
+    check_split(HybridConfig(**{**vars(CONFIG), "mamba": mamba}), ParallelConfig(tp=tp))
 
 
-def test_sizes_must_agree():
-    with pytest.raises(ValueError, match=r"parallel\.tp \(2\) must equal the groups' tp \(1\)"):
-        HybridModel(CONFIG, parallel=ParallelConfig(tp=2))
+@pytest.mark.parametrize("name", ["tp", "cp", "dp"])
+def test_sizes_must_agree(name):
+    with pytest.raises(ValueError, match=rf"parallel\.{name} \(2\) must equal the groups' {name} \(1\)"):
+        HybridModel(CONFIG, parallel=ParallelConfig(**{name: 2}))

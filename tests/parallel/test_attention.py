@@ -214,6 +214,19 @@ def test_what_auto_chooses(layout, seqlen, heads, shares):
     assert (route.heads if shares else route.keys) is group
 
 
+def test_what_auto_chose_is_logged_once_a_group(caplog):
+    caplog.set_level("INFO", logger="mamba2_dist")
+    table = SegmentTable.zigzag(2**15, 4)
+    for rank in (0, 1):
+        group = Group("cp", (0, 1, 2, 3), rank)
+        for nheads_kv in (4, 4, 2, 4):
+            q, k = (torch.empty(1, 2**13, n, 128, device="meta", dtype=torch.bfloat16) for n in (4, nheads_kv))
+            _route("auto", q, k, table, group)
+            _route("all_gather", q, k, table, group)
+    said = [f"attention auto: {method}, for 4 ranks on 1 nodes of H200" for method in ("ulysses", "all_gather")]
+    assert caplog.messages == said
+
+
 def test_heads_that_ulysses_cannot_share_are_refused():
     with pytest.raises(ValueError, match=r"needs nheads_kv / tp \(2\) divisible by the cp ranks of a node \(4\); set"):
         check_attention("ulysses", 2, Group("cp", (0, 1, 2, 3)))

@@ -1,5 +1,7 @@
 """The scan over ranks against the recurrence on one process: every backend, kind of decay and layout, and gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import Phase, example, given, settings
@@ -9,9 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from mamba2_dist import SegmentTable
 from mamba2_dist.parallel.cost_model import traffic
+from mamba2_dist.parallel.groups import Group
 from mamba2_dist.parallel.ledger import Ledger
 from mamba2_dist.parallel.segments import Segment
-from mamba2_dist.parallel.state_scan import STATE_SCANS, exchange, state_scan
+from mamba2_dist.parallel.state_scan import STATE_SCANS, check_state_scan, chosen, exchange, state_scan
 
 from ..distributed import run_ranks
 from ..loopback import loopback
@@ -21,6 +24,7 @@ from ..tolerances import EXACT, assert_close
 EXCHANGES = [backend for backend in STATE_SCANS if backend != "serial_exact"]
 ON_CPU = [backend for backend in EXCHANGES if backend != "symmetric_memory"]
 PLAYED = [backend for backend in EXCHANGES if backend != "auto"]  # "auto" stands for one of them
+TWO_NODES = Group("states", (0, 1, 2, 3), node=Group("node", (0, 1)), rail=Group("rail", (0, 2)), nodes=2)
 STATE = (2, 3, 4, 5)  # batch, nheads, headdim, d_state
 
 
@@ -176,6 +180,16 @@ def test_memory_of_no_gpu_is_refused():
     run_ranks(2, _no_peers_memory)
 
 
+def test_memory_of_other_nodes_is_refused():
+    with pytest.raises(ValueError, match=r"needs all ranks of states \(4\) on one node, got 2 nodes; choose 'sliced'"):
+        check_state_scan("symmetric_memory", TWO_NODES)
+
+
+@pytest.mark.parametrize("backend", EXCHANGES)
+def test_one_rank_needs_no_other(backend):
+    run_ranks(1, _scan, SegmentTable.zigzag(8, 1), "scalar", backend)
+
+
 def test_unknown_backend_is_refused():
     table = SegmentTable.contiguous(4, 1)
     with pytest.raises(ValueError, match="state_scan must be one of"):
@@ -186,6 +200,16 @@ def test_serial_states_are_no_exchange():
     table = SegmentTable.contiguous(4, 1)
     with pytest.raises(ValueError, match="'serial_exact' cannot exchange given states"):
         state_scan(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), table, groups_of(1, 1).states, "serial_exact")
+
+
+@pytest.mark.parametrize("group", [TWO_NODES, replace(TWO_NODES, node=None)], ids=["even", "uneven"])
+def test_what_auto_chose_is_logged_once_a_group(caplog, group):
+    caplog.set_level("INFO", logger="mamba2_dist")
+    for same in (replace(group), replace(group, rank=1), replace(group)):
+        backends = {chosen(same, 1, 2_500_000) for _ in range(2)}
+    said = f"state_scan auto: {backends.pop()}, of 1 states a rank of 2.500 MB, for 4 ranks on 2 nodes of H200"
+    assert caplog.messages == [said] * 2
+    assert not backends
 
 
 @pytest.mark.parametrize("backend", PLAYED)

@@ -163,6 +163,9 @@ def test_layout():
     # data groups that fill nodes in part
     small = _config(preset=None, model=HYBRID, cp=2, dp=5, seqlen=2 * 65536, global_batch=5)
     assert choose_layout(small, H200).parallel.layout in ("contiguous", "zigzag")
+    for tp, cp in ((1, 12), (6, 4), (3, 8)):  # the last two fill nodes, but a tp group lies on two of them
+        uneven = _config(preset=None, model=HYBRID, tp=tp, cp=cp, seqlen=cp * 8192)
+        assert choose_layout(uneven, H200).parallel.layout == "zigzag"
     short = _config(preset=None, model=HYBRID, cp=64, seqlen=64 * 16)
     assert choose_layout(short, H200, "all_gather").parallel.layout == "contiguous"
     serial = replace(short, parallel=replace(short.parallel, state_scan="serial_exact"))

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout, default_pg_timeout
 
 from mamba2_dist import SegmentTable
+from mamba2_dist.parallel.groups import Group
+from mamba2_dist.parallel.state_scan import chosen
 from mamba2_dist.train import data
 from mamba2_dist.train.metrics import read_history
 from mamba2_dist.train.trainer import Trainer
@@ -285,6 +287,21 @@ def test_rows_go_on_where_they_stopped(tmp_path):
     small_run(tmp_path)
     (run, whole), *_ = run_ranks(1, _losses_of_long_rows, tmp_path, 3, 5)
     assert run == pytest.approx(whole, rel=1e-6)
+
+
+def _facts(folder: Path) -> tuple[str, list[str]]:
+    config = small_run(folder, cp=2)
+    trainer = Trainer(config, Path(config.out), torch.device("cpu"))
+    return trainer.config.parallel.layout, trainer._facts()
+
+
+def test_a_run_says_what_auto_chose(tmp_path):
+    small_run(tmp_path)
+    layout, facts = run_ranks(2, _facts, tmp_path)[0]
+    assert layout != "auto"
+    state_bytes = 4 * 4 * 8 * 8 * 8  # float32, batch, nheads, headdim, d_state
+    backend = chosen(Group("states", (0, 1)), {"contiguous": 1, "zigzag": 2}[layout], state_bytes)
+    assert f" cp 2 ({layout}, states by {backend}) " in facts[1]
 
 
 def _prepare_slowly(folder: Path) -> None:
