@@ -130,7 +130,7 @@ class Machine:
 
 # Measured on two H200s of one host, NCCL 2.28: lines through 16 and 256 MiB, where bytes count for more than launches
 # from the host; a message both ways takes as long as an all-to-all of the same bytes (16 MiB: 84 us). Peers' memory: a
-# line through the rows of benchmarks/exchange.py, copies to and from the shared buffer included. The network is assumed:
+# line through rows of benchmarks/exchange.py, copies to and from the shared buffer included. The network is assumed:
 # 400 Gb/s a GPU, and a latency a little above that of a message inside a node.
 H200 = Machine(
     name="H200",

@@ -155,14 +155,14 @@ class SegmentTable:
         return np.array([segment.rank for segment in self.segments])
 
     @cached_property
-    def places(self) -> np.ndarray:
+    def slots(self) -> np.ndarray:
         """The slot of every segment in causal order."""
         return np.array([segment.slot for segment in self.segments])
 
     @cached_property
-    def slots(self) -> int:
+    def slots_per_rank(self) -> int:
         """The most segments a rank holds."""
-        return int(self.places.max()) + 1
+        return int(self.slots.max()) + 1
 
     def local(self, rank: int) -> "LocalSegments":
         """What `rank` holds; kept for the next layer."""

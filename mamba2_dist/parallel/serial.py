@@ -113,7 +113,7 @@ class SerialSSD:
         """`step(slot, arrived)` gives what goes on to the next segment, in causal order or from the last back; at the
         first `state` arrives."""
         direction = -1 if reverse else 1
-        holders, slots = (numbers[::direction].tolist() for numbers in (self.table.holders, self.table.places))
+        holders, slots = (numbers[::direction].tolist() for numbers in (self.table.holders, self.table.slots))
         carrier, me, like = ProcessGroups(self.group), self.group.rank, state
         for slot, holder, previous, following in zip(slots, holders, [me, *holders], [*holders[1:], me], strict=False):
             if holder != me:

@@ -70,7 +70,8 @@ def test_log_step_against_its_schedule(ranks, layout):
         for link in range(distance, len(holders)):
             now[holders[link]] += holders[link - distance] != holders[link]
         distance, launches, messages = 2 * distance, launches + 1, messages + max(now)
-    assert traffic("log_step", ranks, 1, table.slots, STATE, DECAY) == Traffic(launches, messages, messages * 1010)
+    expected = Traffic(launches, messages, messages * 1010)
+    assert traffic("log_step", ranks, 1, table.slots_per_rank, STATE, DECAY) == expected
 
 
 def test_times_by_hand():

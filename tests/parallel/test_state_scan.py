@@ -11,10 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 from mamba2_dist import SegmentTable
 from mamba2_dist.parallel.cost_model import traffic
+from mamba2_dist.parallel.exchange import exchange
 from mamba2_dist.parallel.groups import Group
 from mamba2_dist.parallel.ledger import Ledger
 from mamba2_dist.parallel.segments import Segment
-from mamba2_dist.parallel.state_scan import STATE_SCANS, check_state_scan, chosen, exchange, state_scan
+from mamba2_dist.parallel.state_scan import STATE_SCANS, check_state_scan, chosen, state_scan
 
 from ..distributed import run_ranks
 from ..loopback import loopback
@@ -153,7 +154,7 @@ def test_all_gather_writes_few_times_what_it_gathers(layout):
     table = getattr(SegmentTable, layout)(128, 64)
     states, decays = _elements("scalar", len(table.segments))
     last = table.segments[-1].rank
-    work = exchange(states[: table.slots], decays[: table.slots], table, last, "all_gather")
+    work = exchange(states[: table.slots_per_rank], decays[: table.slots_per_rank], table, last, "all_gather")
     everyone = torch.stack([next(work).tensor] * table.ranks)
     with _Written() as written, pytest.raises(StopIteration):
         work.send(everyone)
@@ -194,6 +195,21 @@ def test_unknown_backend_is_refused():
     table = SegmentTable.contiguous(4, 1)
     with pytest.raises(ValueError, match="state_scan must be one of"):
         state_scan(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), table, groups_of(1, 1).states, "gossip")
+
+
+@pytest.mark.parametrize(
+    ("state", "decay", "message"),
+    [
+        (torch.zeros(2, 1, 1), torch.zeros(2, 1, 1), r"with this rank's 1 segments, got shape \(2, 1, 1\)"),
+        (torch.zeros(1, 1), torch.zeros(1, 1), r"state must be \(segments, batch, nheads, ...\)"),
+        (torch.zeros(1, 1, 1), torch.zeros(1, 1, 1).double(), "decay must have the dtype of state"),
+        (torch.zeros(1, 1, 4), torch.zeros(1, 1, 2), r"of size 1 where it is shared, got shape \(1, 1, 2\)"),
+        (torch.zeros(1, 1, 4), torch.zeros(1, 1), "decay must have the axes of state"),
+    ],
+)
+def test_elements_that_do_not_fit_are_refused(state, decay, message):
+    with pytest.raises(ValueError, match=message):
+        state_scan(state, decay, SegmentTable.contiguous(4, 1), groups_of(1, 1).states, "ring")
 
 
 def test_serial_states_are_no_exchange():
