@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from .halo import conv_halo
 from .segments import SegmentTable
 from .serial import SerialSSD
 from .serial_conv import serial_conv1d
-from .state_scan import StateScan
+from .state_scan import Pending, StateScan
 
 
 def operators(scan: StateScan) -> tuple[Callable[..., Any], Callable[..., "SSDOverSegments | SerialSSD"]]:
@@ -69,6 +69,13 @@ class SSDOverSegments:
     x: (batch, seqlen/cp, nheads/tp, headdim), dt: (batch, seqlen/cp, nheads/tp),
     B, C: (batch, seqlen/cp, ngroups/tp, d_state). carry: as in `conv1d_over_segments`.
     """
+
+    # what one function of the graph leaves for the next, there between the two
+    forward_span: SSDSpan
+    decay: Tensor
+    pending: Pending
+    shapes: list[torch.Size | None]
+    returning: "_Returning"
 
     def __init__(
         self,
@@ -161,13 +168,26 @@ def _packed(*tensors: Tensor) -> list[Tensor]:
     return [tensor.flatten(0, 1)[None] for tensor in tensors]
 
 
+class _Returning(NamedTuple):
+    """What the gradients of the outputs leave for those of the states, which are on their way."""
+
+    span: SSDSpan
+    dy: Tensor
+    entering: Tensor
+    kept: Tensor
+    decay: Tensor
+    d_entering: Tensor
+    closing: int | None  # the slot that leaves what is carried, where gradients come to that
+    d_final: Tensor | None
+
+
 class _Leave(torch.autograd.Function):
     """The states that segments leave, sent on their way; stands for the outputs in the graph until those are known."""
 
     @staticmethod
     def forward(ctx, over, initial_states, x, *others):
-        over.in_work = over.span(x, *others)
-        state, decay = over.in_work.leaving()
+        over.forward_span = over.span(x, *others)
+        state, decay = over.forward_span.leaving()
         decay = decay.unflatten(0, over.local.last.shape)[..., None, None]
         # nothing passes a segment in which a document starts
         over.decay = over.where("passes", decay)
@@ -181,8 +201,8 @@ class _Leave(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, _):
         over = ctx.over
-        span, dy, entering, kept, decay, d_entering, closing, d_final = over.in_work
-        del over.in_work
+        span, dy, entering, kept, decay, d_entering, closing, d_final = over.returning
+        del over.returning
         d_leaving = over.wait().unflatten(0, over.local.last.shape)
         d_initial = None
         if ctx.needs_input_grad[1]:
@@ -208,8 +228,8 @@ class _Enter(torch.autograd.Function):
             entering, final_states = over.carry.enter(entering, over.decay)
             ctx.closing = over.carry.closing if over.carry.differentiable else None
         over.entering = entering.flatten(0, 1)
-        y, kept = over.in_work.outputs(over.entering)
-        del over.in_work
+        y, kept = over.forward_span.outputs(over.entering)
+        del over.forward_span
         ctx.save_for_backward(*tensors, over.entering, over.decay, kept)
         del over.decay
         ctx.over = over
@@ -228,5 +248,5 @@ class _Enter(torch.autograd.Function):
         if ctx.closing is not None:
             d_entering = added_at(d_entering, ctx.closing, decay[ctx.closing] * d_final)
         over.begin(d_entering.flatten(0, 1), decay, reverse=True)
-        over.in_work = span, packed, entering, kept, decay, d_entering, ctx.closing, d_final
+        over.returning = _Returning(span, packed, entering, kept, decay, d_entering, ctx.closing, d_final)
         return None, dy, *[None] * len(tensors)

@@ -120,7 +120,7 @@ def _carrier(backend: StateScan, group: Group, device: torch.device) -> ProcessG
 _choose = functools.cache(choose)  # asked for every exchange
 
 
-def chosen(group: Group, segments: int, state_bytes: int) -> StateScan:
+def chosen(group: Group, segments: int, state_bytes: int) -> Backend:
     """What "auto" stands for: the cheapest by the cost model, for `segments` a rank with states of so many bytes.
 
     Never "symmetric_memory", which not every machine can do.
@@ -130,7 +130,7 @@ def chosen(group: Group, segments: int, state_bytes: int) -> StateScan:
     else:
         backend = _choose(group.size, group.nodes, segments, state_bytes, group.machine)
     group.log_choice("state_scan auto: %s, of %d states a rank of %.3f MB", backend, segments, state_bytes / 1e6)
-    return cast(StateScan, backend)
+    return cast(Backend, backend)
 
 
 def state_scan(state: Tensor, decay: Tensor, table: SegmentTable, group: Group, backend: StateScan) -> Tensor:
