@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from mamba2_dist.kernels.common.checks import check_positive
+from mamba2_dist.kernels.common.checks import check_integer, check_positive
 from mamba2_dist.modules.mixer import Mamba2Cache
 
 from .hybrid_model import Memory
@@ -25,9 +25,15 @@ def backward_in_parts(loss: Callable[[int, Memory], Tensor], parts: int, memory:
         all parts but the last, then with, from the last part to part 0, and must give the same both times. DDP should
         sum gradients over ranks with part 0 only; FSDP with every part, or it keeps the whole model's.
     memory: before the first part, as from `HybridModel.new_memory`; its caches are replaced, without gradient.
-    Raises ValueError without parts, and when a loss leaves its memory as it was.
+    Raises ValueError without parts, for a loss that is no scalar, when one leaves its memory as it was, and under
+    `torch.no_grad`.
     """
+    check_integer("parts", parts)
     check_positive("parts", parts)
+    if not isinstance(memory, list):
+        raise ValueError(f"memory must be a list, as HybridModel.new_memory gives, got {type(memory).__name__}")
+    if not torch.is_grad_enabled():
+        raise ValueError("backward_in_parts makes gradients, which are switched off; call it outside torch.no_grad")
     entering = [_leaves(memory)]
     with torch.no_grad():
         for index in range(parts - 1):
@@ -39,6 +45,8 @@ def backward_in_parts(loss: Callable[[int, Memory], Tensor], parts: int, memory:
         leaves = entering.pop()
         left = [None if cache is None else Mamba2Cache(cache.conv, cache.ssm) for cache in leaves]
         value = loss(index, left)
+        if value.ndim:
+            raise ValueError(f"the loss of part {index} must be a scalar, got shape {tuple(value.shape)}; sum it")
         if all(map(operator.is_, _tensors(left), _tensors(leaves))):
             raise ValueError(
                 f"the loss of part {index} left its memory as it was; hand it to a model with Mamba-2 layers"

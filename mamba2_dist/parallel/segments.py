@@ -1,6 +1,8 @@
 """How a sequence is cut: causal segments, who holds them, and where documents begin. All of it lives on the host."""
 
 import bisect
+import itertools
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,7 +67,7 @@ class SegmentTable:
         self.seqlen = end
         if documents is None:
             documents = [(0, self.seqlen)] * (1 if batch is None else batch)
-        self.documents = tuple(tuple(row) for row in documents)
+        self.documents = _rows(documents)
         self.batch = len(self.documents)
         check_positive("batch", self.batch)
         if batch not in (None, self.batch):
@@ -73,10 +75,10 @@ class SegmentTable:
                 f"batch ({batch}) must be the number of rows of documents ({self.batch}); give one of them"
             )
         for row, offsets in enumerate(self.documents):
-            if Documents(offsets).tokens != self.seqlen:
+            if offsets[-1] != self.seqlen:
                 raise ValueError(f"documents of row {row} must end at seqlen ({self.seqlen}), got {offsets[-1]}")
-        self.carried = np.array([False] * self.batch if carried is None else carried, dtype=bool)
-        if self.carried.shape != (self.batch,):
+        self.carried = np.asarray([False] * self.batch if carried is None else carried)
+        if self.carried.shape != (self.batch,) or self.carried.dtype != bool:
             raise ValueError(f"carried must say of each of {self.batch} rows whether it goes on, got {carried}")
         for row in np.flatnonzero(self.carried).tolist():
             if not any(self.documents[row][:2]):
@@ -202,10 +204,18 @@ class SegmentTable:
 
 
 def rows_between(documents: Sequence[Sequence[int]], start: int, end: int) -> dict:
-    """`documents` and `carried` of a table of tokens [start, end) of rows of documents."""
+    """`documents` and `carried` of a table of tokens [start, end) of rows of documents.
+
+    At 0 every row begins a document: set `carried` yourself where that goes on from a batch before. Raises ValueError
+    for tokens that a row does not have.
+    """
+    rows = _rows(documents)
+    for row, offsets in enumerate(rows):
+        if not 0 <= start <= end <= offsets[-1]:
+            raise ValueError(f"[start, end) must lie in [0, {offsets[-1]}), row {row}'s tokens, got [{start}, {end})")
     return {
-        "documents": [[0, *(o - start for o in offsets if start < o < end), end - start] for offsets in documents],
-        "carried": [start not in offsets for offsets in documents],
+        "documents": [[0, *(o - start for o in offsets if start < o < end), end - start] for offsets in rows],
+        "carried": [start not in offsets for offsets in rows],
     }
 
 
@@ -267,6 +277,23 @@ def _even(seqlen: int, ranks: int, pieces: int = 1) -> list[int]:
     check_positive("ranks", ranks)
     parts = pieces * ranks
     return [seqlen // parts + (part < seqlen % parts) for part in range(parts)]
+
+
+def _rows(documents: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """The offsets of each row as integers of Python."""
+    try:
+        rows = tuple(tuple(map(operator.index, offsets)) for offsets in documents)
+    except TypeError:
+        raise ValueError(
+            f"documents must list for each row the integer offsets of its documents, as in [[0, 5, 8]], got {documents}"
+        ) from None
+    for row, offsets in enumerate(rows):
+        if offsets[:1] != (0,) or any(b < a for a, b in itertools.pairwise(offsets)):
+            raise ValueError(
+                f"documents of row {row} must be offsets that begin at 0 and do not descend, got {list(offsets[:8])}"
+                f"{'...' if len(offsets) > 8 else ''}"
+            )
+    return rows
 
 
 def _check_length(name: str, tokens: int) -> None:

@@ -105,6 +105,25 @@ def test_mistakes(pattern, given, message):
         backward_in_parts(loss, 2, model.new_memory(1))
 
 
+@pytest.mark.parametrize(
+    ("parts", "memory", "message"),
+    [
+        (2.5, [], "parts must be an integer, got 2.5"),
+        (0, [], "parts must be above 0"),
+        (2, (), "memory must be a list, as HybridModel.new_memory gives, got tuple"),
+        (1, [], r"the loss of part 0 must be a scalar, got shape \(2,\); sum it"),
+    ],
+)
+def test_what_is_refused(parts, memory, message):
+    with pytest.raises(ValueError, match=message):
+        backward_in_parts(lambda *_: torch.zeros(2), parts, memory)
+
+
+def test_gradients_must_be_on():
+    with torch.no_grad(), pytest.raises(ValueError, match="gradients, which are switched off"):
+        backward_in_parts(lambda *_: torch.zeros(()), 1, [])
+
+
 def _memory(mixer, rows: int) -> Mamba2Cache:
     cache = mixer.new_cache(rows)
     return Mamba2Cache(*(torch.randn_like(tensor).requires_grad_() for tensor in (cache.conv, cache.ssm)))

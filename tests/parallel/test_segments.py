@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mamba2_dist import SegmentTable
-from mamba2_dist.parallel.segments import Segment
+from mamba2_dist.parallel.segments import Segment, rows_between
 
 lengths = st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(lambda parts: sum(parts) > 0)
 
@@ -61,7 +61,17 @@ def test_shards_rejoin():
         (lambda: SegmentTable([Segment(0, 4, 2, 0)], ranks=2), "must lie in"),
         (lambda: SegmentTable([Segment(0, 4, 0, 1)], ranks=1), "count from 0"),
         (lambda: SegmentTable.contiguous(8, 2, documents=[[0, 7]]), "must end at seqlen"),
-        (lambda: SegmentTable.contiguous(8, 2, documents=[[0, 5, 3, 8]]), "must not descend"),
+        (
+            lambda: SegmentTable.contiguous(8, 2, documents=[[0, 5, 3, 8]]),
+            "offsets that begin at 0 and do not descend",
+        ),
+        (lambda: SegmentTable.contiguous(8, 2, documents=[[0, 8], [1, 8]]), r"of row 1 .* got \[1, 8\]"),
+        (lambda: SegmentTable.contiguous(8, 2, documents=[0, 5, 8]), r"as in \[\[0, 5, 8\]\], got \[0, 5, 8\]"),
+        (lambda: SegmentTable.contiguous(8, 2, documents=[[0, 3.7, 8]]), "must list for each row the integer offsets"),
+        (lambda: SegmentTable.contiguous(8, 2, carried=["False"]), r"carried must say .* got \['False'\]"),
+        (lambda: rows_between([[0, 8]], 4, 12), r"\[0, 8\), row 0's tokens, got \[4, 12\)"),
+        (lambda: rows_between([[0, 8]], 6, 4), r"got \[6, 4\)"),
+        (lambda: rows_between([0, 8], 0, 4), "must list for each row"),
         (lambda: SegmentTable.contiguous(8, 2, batch=2, documents=[[0, 8]]), "give one of them"),
         (lambda: SegmentTable.contiguous(8, 2, documents=[]), "batch must be above 0"),
         (lambda: SegmentTable.contiguous(8, 0), "ranks must be above 0"),
