@@ -23,8 +23,9 @@ def check_recompute(recompute: str, pattern: str) -> None:
 
 
 def check_runs_once(what: str) -> None:
-    """Raise ValueError inside hooks for saved tensors, which may run a layer again, with what is true once only."""
-    if _inside_hooks():
+    """Raise ValueError where a layer may be run again, with what is true once only: inside hooks for saved tensors, and
+    in a backward pass, as a reentrant checkpoint does."""
+    if _inside_hooks() or torch._C._current_graph_task_id() != -1:
         raise ValueError(
             f"{what} must not be given inside torch.utils.checkpoint and other hooks for saved tensors; use recompute"
         )

@@ -250,6 +250,10 @@ def test_what_was_not_carried_is_not_read():
         ),
         (lambda m, u: m(u, None, m.new_cache(2)), r"memory\.conv must have shape"),
         (lambda m, u: checkpoint(lambda u: m(u, None, m.new_cache(1)), u, use_reentrant=False), "memory must not be"),
+        (
+            lambda m, u: checkpoint(lambda u: m(u, None, m.new_cache(1)), u, use_reentrant=True).sum().backward(),
+            "memory must not be",
+        ),
         (lambda m, u: SegmentTable.contiguous(6, 1, carried=[True, False]), "carried must say of each of 1 rows"),
         (
             lambda m, u: SegmentTable.contiguous(6, 1, documents=[[0, 0, 6]], carried=[True]),
