@@ -5,7 +5,7 @@ import torch
 
 from mamba2_dist.parallel import collectives
 from mamba2_dist.parallel.groups import Group
-from mamba2_dist.parallel.ledger import record_collectives
+from mamba2_dist.parallel.ledger import enter, record_collectives
 
 from ..distributed import run_ranks
 from ..splits import groups_of
@@ -108,6 +108,14 @@ def _ledger():
 
 def test_ledger():
     run_ranks(2, _ledger)
+
+
+def test_ledgers_inside_one_another():
+    with record_collectives() as outer:
+        with record_collectives():
+            pass
+        enter("all_gather", Group("tp", (0, 1)), 1, 8)
+    assert outer.calls.total() == 1
 
 
 def test_uneven_scatter_is_refused():
