@@ -96,6 +96,25 @@ def test_replicate_rows(ranks):
     run_ranks(ranks, _replicate_rows)
 
 
+def _second_derivatives():
+    group = _group()
+    x, halves = torch.randn(2, 2, requires_grad=True), [1, 1]
+    for function in (
+        collectives.replicate, collectives.reduce, collectives.all_reduce,
+        lambda x, group: collectives.replicate_rows(x, ((0, 1),), group),
+        lambda x, group: collectives.all_gather(x, group, 0),
+        lambda x, group: collectives.reduce_scatter(x, group, 0),
+        lambda x, group: collectives.all_to_all(x, group, halves, halves),
+    ):  # fmt: skip
+        (grad,) = torch.autograd.grad(function(x, group).pow(3).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+
+def test_second_derivatives_are_refused():
+    run_ranks(2, _second_derivatives)
+
+
 def _ledger():
     group = _group()
     with record_collectives() as ledger:
