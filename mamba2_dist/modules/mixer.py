@@ -17,7 +17,7 @@ from mamba2_dist.parallel.ssd import operators
 from mamba2_dist.parallel.state_scan import StateScan, check_state_scan
 
 from . import init
-from .base import PartitionedModule, initialize
+from .base import PartitionedModule, check_step, initialize
 from .conv import CausalConv1d
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .norm import GatedRMSNorm
@@ -181,6 +181,7 @@ class Mamba2Mixer(PartitionedModule):
 
     def step(self, u: Tensor, cache: Mamba2Cache) -> Tensor:
         """One token, (batch, 1, d_model) -> the same, after those in `cache`, which is brought up to date."""
+        check_step("u", u, "(batch, 1, d_model)", self.cp, self.in_proj.sequence_parallel)
         xBCdt, z = self._project(u)
         xBC, dt = xBCdt.split([self.share.conv1d.length, self.share.nheads_local], dim=-1)
         xBC, cache.conv = self.conv1d.step(xBC, cache.conv)

@@ -3,9 +3,18 @@
 import pytest
 import torch
 
-from mamba2_dist import AttentionConfig, HybridConfig, HybridModel, Mamba2Config, ParallelConfig, SegmentTable
+from mamba2_dist import (
+    AttentionConfig,
+    HybridConfig,
+    HybridModel,
+    Mamba2Config,
+    ParallelConfig,
+    ParallelGroups,
+    SegmentTable,
+)
 from mamba2_dist.models.generate import generate
 from mamba2_dist.models.hybrid_model import check_split
+from mamba2_dist.modules.block import hybrid_layers
 
 from ..tolerances import EXACT, assert_close
 
@@ -65,6 +74,14 @@ def test_generation_is_repeatable_and_stops():
 def test_wrong_calls_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(HybridModel(CONFIG))
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_layers_step_by_one_whole_token(layer):
+    for sequence_parallel, tokens in ((False, 2), (True, 1)):
+        mixer = hybrid_layers(CONFIG, ParallelGroups.alone(), sequence_parallel=sequence_parallel)[layer].mixer
+        with pytest.raises(ValueError, match="step takes one token at a time"):
+            mixer.step(torch.zeros(1, tokens, 16), mixer.new_cache(1))
 
 
 @pytest.mark.parametrize(("ngroups", "tp"), [(1, 2), (2, 4), (4, 2)])
