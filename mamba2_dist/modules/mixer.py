@@ -45,6 +45,7 @@ class Mamba2Mixer(PartitionedModule):
     sums where a norm group spans ranks, and over cp one halo, one state exchange (with state_scan "serial_exact" more:
     docs/parallel.md) and, where state is carried from batch to batch, one broadcast of it.
 
+    groups: None: the whole layer on this process.
     recompute: what the backward pass makes again rather than keeping it: nothing, the convolution's results ("conv"),
         or all between in_proj and out_proj ("inner"). The numbers are the same, and nothing is communicated twice.
     residual_layers: layers that add to the residual stream, for the scale of out_proj.
@@ -71,7 +72,7 @@ class Mamba2Mixer(PartitionedModule):
         **factory,
     ):
         super().__init__()
-        groups = groups or ParallelGroups()
+        groups = groups or ParallelGroups.alone()
         d_inner, nheads = config.d_inner(d_model), config.nheads(d_model)
         check_recompute(recompute, "M")
         check_state_scan(state_scan, groups.states)
