@@ -38,6 +38,10 @@ class Group:
     def size(self) -> int:
         return len(self.ranks)
 
+    def __deepcopy__(self, memo: dict) -> "Group":
+        """Itself: a copy of a module speaks through the same communicator."""
+        return self
+
     @cached_property
     def buffers(self) -> dict[Hashable, Any]:
         """Memory that the group's ranks share."""
@@ -124,6 +128,10 @@ class ParallelGroups:
         self.tp, self.cp, self.pp, self.dp, self.data, self.states = (Group(name) for name in (*AXES, "data", "states"))
         self.data_mesh = None
         self._tp_parts = {}
+
+    def __deepcopy__(self, memo: dict) -> "ParallelGroups":
+        """Itself, as each of its groups."""
+        return self
 
     def tp_part(self, size: int) -> Group:
         """The `size` neighbouring tp ranks that this rank stands among, as a group of their own.
