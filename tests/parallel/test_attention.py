@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mamba2_dist import SegmentTable
 from mamba2_dist.parallel import gathered_again
-from mamba2_dist.parallel.attention import _route, attention_over_segments, check_attention
+from mamba2_dist.parallel.attention import _flex, _route, attention_over_segments, check_attention
 from mamba2_dist.parallel.attention_mask import (
     Sight,
     SightOnDevice,
@@ -314,6 +314,18 @@ def test_flex_attention_skips_what_nobody_sees():
         y = torch.compile(flex_attention)(q, k, v, block_mask=blocks, enable_gqa=True)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=sight.dense(CPU), enable_gqa=True)
     assert_close(y, expected, RELATIVE[torch.float32])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_flex_attention_is_compiled_for_every_shape():
+    # of which dynamo would allow 8
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True), torch.no_grad():
+        for seqlen in (200, 216):
+            sight = Sight.of(SegmentTable.zigzag(2 * seqlen, 2), ((0,), (1,)), 1)
+            q, k, v = (torch.randn(1, 2, len(tokens), 16) for tokens in (sight.query, sight.key, sight.key))
+            y = _flex(q, k, v, make_block_mask(sight, SightOnDevice.of(sight, CPU)), False)
+            expected = F.scaled_dot_product_attention(q, k, v, attn_mask=sight.dense(CPU))
+            assert_close(y, expected, RELATIVE[torch.float32])
 
 
 @pytest.fixture
