@@ -1,5 +1,6 @@
 """What all tests share: a fixed seed, NaN in fresh memory, and what happens where a GPU is missing."""
 
+import gc
 import os
 
 import pytest
@@ -33,6 +34,14 @@ def _poisoned_memory(monkeypatch):
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty_like", poisoned)
+
+
+@pytest.fixture
+def _no_garbage_collection():
+    """What is freed is freed with its last reference."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -333,6 +334,27 @@ def _one_of_many(monkeypatch):
     """Collectives of a group whose other ranks hold the same."""
     monkeypatch.setattr(gathered_again, "all_gather", lambda x, group, dim: torch.cat([x] * group.size, dim))
     monkeypatch.setattr(gathered_again, "gather_over", lambda x, group: torch.stack([x.detach()] * group.size))
+
+
+@pytest.mark.usefixtures("_one_of_many")
+def test_queries_changed_before_backward_are_noticed():
+    table = SegmentTable.zigzag(SEQLEN, 2)
+    q, k, v = (table.shard(tensor, 0).requires_grad_() for tensor in _inputs(table, (4, 2)))
+    y = attention_over_segments(q, k, v, table, Group("cp", (0, 1)), method="all_gather")
+    with torch.no_grad():
+        q.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.usefixtures("_one_of_many", "_no_garbage_collection")
+def test_without_backward_nothing_is_kept():
+    table = SegmentTable.zigzag(SEQLEN, 2)
+    q, k, v = (table.shard(tensor, 0).requires_grad_() for tensor in _inputs(table, (4, 2)))
+    attention_over_segments(q, k, v, table, Group("cp", (0, 1)), method="all_gather")
+    kept = weakref.ref(q)
+    del q
+    assert kept() is None
 
 
 @pytest.mark.gpu
