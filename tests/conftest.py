@@ -6,6 +6,8 @@ import os
 import pytest
 import torch
 
+from .distributed import poison_memory
+
 if not torch.cuda.is_available():
     # before anything imports them, the Triton kernels choose to run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -26,14 +28,7 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
-    """An element that is never written shows up as nan."""
-    empty_like = torch.empty_like
-
-    def poisoned(*args, **kwargs):
-        tensor = empty_like(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty_like", poisoned)
+    poison_memory(monkeypatch.setattr)
 
 
 @pytest.fixture
