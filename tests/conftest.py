@@ -1,9 +1,12 @@
 """What all tests share: a fixed seed, NaN in fresh memory, and what happens where a GPU is missing."""
 
+import gc
 import os
 
 import pytest
 import torch
+
+from .distributed import poison_memory
 
 if not torch.cuda.is_available():
     # before anything imports them, the Triton kernels choose to run on the CPU
@@ -25,14 +28,15 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
-    """An element that is never written shows up as nan."""
-    empty_like = torch.empty_like
+    poison_memory(monkeypatch.setattr)
 
-    def poisoned(*args, **kwargs):
-        tensor = empty_like(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
-    monkeypatch.setattr(torch, "empty_like", poisoned)
+@pytest.fixture
+def _no_garbage_collection():
+    """What is freed is freed with its last reference."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

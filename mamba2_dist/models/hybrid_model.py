@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mamba2_dist.config import HybridConfig, ParallelConfig
 from mamba2_dist.kernels.common.checks import check_ndim
-from mamba2_dist.modules.base import initialize
+from mamba2_dist.modules.base import check_step, initialize
 from mamba2_dist.modules.block import Block, hybrid_layers
 from mamba2_dist.modules.embedding import VocabParallelEmbedding, VocabParallelHead, vocab_parallel_logits
 from mamba2_dist.modules.mixer import Mamba2Cache, Mamba2Mixer
@@ -164,12 +164,7 @@ class HybridModel(nn.Module):
 
     def step(self, tokens: Tensor, cache: list) -> Tensor:
         """Logits after one more token, (batch, 1) -> (batch, 1, vocab_size/tp); `cache` is brought up to date."""
-        if self.parallel.sequence_parallel or self.groups.cp.size > 1:
-            raise ValueError("step takes one token at a time: cp must be 1 and sequence_parallel off")
-        if tokens.ndim != 2 or tokens.shape[1] != 1:
-            raise ValueError(
-                f"step takes one token at a time: tokens must have shape (batch, 1), got {tuple(tokens.shape)}"
-            )
+        check_step("tokens", tokens, "(batch, 1)", self.groups.cp, self.parallel.sequence_parallel)
         x = self.backbone.embedding(tokens)
         for layer, memory in zip(self.backbone.blocks(), cache, strict=True):
             x = layer.step(x, memory)

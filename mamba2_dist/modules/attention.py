@@ -13,7 +13,7 @@ from mamba2_dist.parallel.partition import attention_partition
 from mamba2_dist.parallel.segments import SegmentTable
 
 from . import init
-from .base import PartitionedModule
+from .base import PartitionedModule, check_step
 from .linear import ColumnParallelLinear, RowParallelLinear
 
 
@@ -77,6 +77,7 @@ class Attention(PartitionedModule):
 
     def step(self, u: Tensor, cache: AttentionCache) -> Tensor:
         """One token, (batch, 1, d_model) -> the same, after those in `cache`, which is brought up to date."""
+        check_step("u", u, "(batch, 1, d_model)", self.cp, self.in_proj.sequence_parallel)
         position = torch.tensor([cache.k.shape[1]], device=u.device)
         q, k, v = self._project(u, position)
         cache.k, cache.v = torch.cat([cache.k, k], dim=1), torch.cat([cache.v, v], dim=1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mamba2_dist.parallel.groups import Group
 from mamba2_dist.parallel.partition import Partition
 
 Initializer = Callable[[tuple[int, ...], torch.Generator], Tensor]
@@ -36,6 +37,14 @@ class PartitionedModule(nn.Module):
         shape.insert(partition.dim, partition.length)
         self.register_parameter(name, nn.Parameter(torch.empty(shape, **factory)))
         self.records[name] = ParameterRecord(tuple(shape), partition, initializer)
+
+
+def check_step(name: str, tokens: Tensor, axes: str, cp: Group, sequence_parallel: bool) -> None:
+    """Raise ValueError unless `tokens`, (batch, 1, ...) as `axes` says, can follow those before on every rank."""
+    if sequence_parallel or cp.size > 1:
+        raise ValueError("step takes one token at a time: cp must be 1 and sequence_parallel off")
+    if tokens.ndim != axes.count(",") + 1 or tokens.shape[1] != 1:
+        raise ValueError(f"step takes one token at a time: {name} must have shape {axes}, got {tuple(tokens.shape)}")
 
 
 def named_records(model: nn.Module) -> Iterator[tuple[str, ParameterRecord]]:

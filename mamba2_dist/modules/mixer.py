@@ -17,7 +17,7 @@ from mamba2_dist.parallel.ssd import operators
 from mamba2_dist.parallel.state_scan import StateScan, check_state_scan
 
 from . import init
-from .base import PartitionedModule, initialize
+from .base import PartitionedModule, check_step, initialize
 from .conv import CausalConv1d
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .norm import GatedRMSNorm
@@ -45,6 +45,7 @@ class Mamba2Mixer(PartitionedModule):
     sums where a norm group spans ranks, and over cp one halo, one state exchange (with state_scan "serial_exact" more:
     docs/parallel.md) and, where state is carried from batch to batch, one broadcast of it.
 
+    groups: None: the whole layer on this process.
     recompute: what the backward pass makes again rather than keeping it: nothing, the convolution's results ("conv"),
         or all between in_proj and out_proj ("inner"). The numbers are the same, and nothing is communicated twice.
     residual_layers: layers that add to the residual stream, for the scale of out_proj.
@@ -71,7 +72,7 @@ class Mamba2Mixer(PartitionedModule):
         **factory,
     ):
         super().__init__()
-        groups = groups or ParallelGroups()
+        groups = groups or ParallelGroups.alone()
         d_inner, nheads = config.d_inner(d_model), config.nheads(d_model)
         check_recompute(recompute, "M")
         check_state_scan(state_scan, groups.states)
@@ -158,32 +159,42 @@ class Mamba2Mixer(PartitionedModule):
 
     def new_cache(self, batch: int) -> Mamba2Cache:
         """The memory before the first token."""
-        share, config, like = self.share, self.config, self.A_log
-        wide = torch.promote_types(like.dtype, torch.float32)
         # parameters may be sharded, this is not
         return Mamba2Cache(
-            torch.zeros(batch, config.d_conv - 1, share.conv1d.length, dtype=like.dtype, device=like.device),
-            torch.zeros(batch, share.nheads_local, config.headdim, config.d_state, dtype=wide, device=like.device),
+            *(torch.zeros(shape, dtype=dtype, device=self.A_log.device) for shape, dtype in self._cache_like(batch))
         )
+
+    def _cache_like(self, batch: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of conv and of ssm."""
+        share, config, dtype = self.share, self.config, self.A_log.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        return [
+            ((batch, config.d_conv - 1, share.conv1d.length), dtype),
+            ((batch, share.nheads_local, config.headdim, config.d_state), wide),
+        ]
 
     def cache_partitions(self) -> dict[str, Partition]:
         """Who owns what of a cache's tensors, by their names."""
         return {"conv": replace(self.share.conv1d, dim=2), "ssm": replace(self.share.heads, dim=1)}
 
     def _check_memory(self, memory: Mamba2Cache, batch: int) -> None:
-        share, config = self.share, self.config
-        for name, tensor, expected in (
-            ("conv", memory.conv, (batch, config.d_conv - 1, share.conv1d.length)),
-            ("ssm", memory.ssm, (batch, share.nheads_local, config.headdim, config.d_state)),
-        ):
-            check_shape(f"memory.{name}", tensor, expected, "that of new_cache(batch)")
+        for name, (shape, dtype) in zip(("conv", "ssm"), self._cache_like(batch), strict=True):
+            tensor = getattr(memory, name)
+            check_shape(f"memory.{name}", tensor, shape, "that of new_cache(batch)")
             check_device(f"memory.{name}", tensor, self.A_log.device)
+            # FSDP may run the layer with narrower parameters than it had when the memory was made
+            if torch.promote_types(tensor.dtype, dtype) != tensor.dtype:
+                raise ValueError(
+                    f"memory.{name} must be {dtype}, that of new_cache(batch), or wider, got {tensor.dtype}"
+                )
 
     def step(self, u: Tensor, cache: Mamba2Cache) -> Tensor:
         """One token, (batch, 1, d_model) -> the same, after those in `cache`, which is brought up to date."""
+        check_step("u", u, "(batch, 1, d_model)", self.cp, self.in_proj.sequence_parallel)
         xBCdt, z = self._project(u)
         xBC, dt = xBCdt.split([self.share.conv1d.length, self.share.nheads_local], dim=-1)
-        xBC, cache.conv = self.conv1d.step(xBC, cache.conv)
+        xBC, conv = self.conv1d.step(xBC, cache.conv)
+        cache.conv = conv.to(cache.conv.dtype)  # autocast has made it narrower
         x, B, C = self._heads(*xBC.split([part.length for part in self.share.conv1d.parts], dim=-1))
         y, cache.ssm = mamba_chunk_scan_combined(
             x, dt, self._A(), B, C, 1, initial_states=cache.ssm, return_final_states=True, **self._scan_options()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mamba2_dist.kernels.common.checks import check_choice
+from mamba2_dist.parallel.saved import Again, Recipe, Saved
 
 Recompute = Literal["none", "conv", "inner"]
 
@@ -23,8 +24,9 @@ def check_recompute(recompute: str, pattern: str) -> None:
 
 
 def check_runs_once(what: str) -> None:
-    """Raise ValueError inside hooks for saved tensors, which may run a layer again, with what is true once only."""
-    if _inside_hooks():
+    """Raise ValueError where a layer may be run again, with what is true once only: inside hooks for saved tensors, and
+    in a backward pass, as a reentrant checkpoint does."""
+    if _inside_hooks() or torch._C._current_graph_task_id() != -1:
         raise ValueError(
             f"{what} must not be given inside torch.utils.checkpoint and other hooks for saved tensors; use recompute"
         )
@@ -32,57 +34,6 @@ def check_runs_once(what: str) -> None:
 
 def _inside_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
-class _Recipe:
-    """Makes its tensors at the first call of a backward pass and lets go of them at the last, or as one is overwritten.
-
-    overwritten: whether autograd's functions may write over what they get.
-    """
-
-    def __init__(self, make: Callable[[], Sequence[Tensor]], overwritten: bool):
-        self.make, self.overwritten, self.readers, self.left = make, overwritten, 0, 0
-        self.made: Sequence[Tensor] = ()
-
-    def take(self, index: int, may_write: bool) -> Tensor:
-        if not self.made:
-            with torch.no_grad():
-                self.made, self.left = self.make(), self.readers
-        tensor = self.made[index]
-        self.left -= 1
-        if self.left == 0 or (may_write and self.overwritten):
-            self.made = ()
-        return tensor
-
-
-class Again:
-    """Stands for a tensor, or a view of it, that will be made again.
-
-    may_write: whether it is autograd that reads it.
-    """
-
-    def __init__(self, recipe: _Recipe, index: int, like: Tensor, may_write: bool):
-        self.recipe, self.index, self.may_write = recipe, index, may_write
-        self.view = (like.shape, like.stride(), like.storage_offset())
-        recipe.readers += 1
-
-    def __call__(self) -> Tensor:
-        return self.recipe.take(self.index, self.may_write).as_strided(*self.view)
-
-
-class _Saved:
-    """A tensor as autograd keeps it where there are no hooks: it must not change meanwhile."""
-
-    def __init__(self, tensor: Tensor):
-        self.tensor, self.version = tensor, tensor._version
-
-    def __call__(self) -> Tensor:
-        if self.tensor._version != self.version:
-            raise RuntimeError(
-                f"a tensor of shape {tuple(self.tensor.shape)} that the backward pass needs was modified by an inplace "
-                f"operation: it is at version {self.tensor._version}, expected {self.version}"
-            )
-        return self.tensor
 
 
 class Forgetful(torch.autograd.graph.saved_tensors_hooks):
@@ -93,7 +44,7 @@ class Forgetful(torch.autograd.graph.saved_tensors_hooks):
 
     def __init__(self):
         super().__init__(self._keep, lambda kept: kept())
-        self.known: dict[int, tuple[_Recipe, int]] = {}
+        self.known: dict[int, tuple[Recipe, int]] = {}
 
     def __enter__(self) -> "Forgetful":  # type: ignore[override]
         if _inside_hooks():
@@ -115,7 +66,7 @@ class Forgetful(torch.autograd.graph.saved_tensors_hooks):
 
         overwritten: who gets one in the backward pass may write over it.
         """
-        recipe = _Recipe(make, overwritten)
+        recipe = Recipe(make, overwritten)
         for index, tensor in enumerate(tensors):
             if tensor.numel():
                 self.known[_memory(tensor)] = recipe, index
@@ -125,7 +76,7 @@ class Forgetful(torch.autograd.graph.saved_tensors_hooks):
         return self._find(tensor, may_write=False) or (lambda: tensor)
 
     def _keep(self, tensor: Tensor) -> Callable[[], Tensor]:
-        return self._find(tensor, may_write=True) or _Saved(tensor)
+        return self._find(tensor, may_write=True) or Saved(tensor)
 
     def _find(self, tensor: Tensor, may_write: bool) -> Again | None:
         recipe, index = self.known.get(_memory(tensor), (None, 0)) if tensor.numel() else (None, 0)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from mamba2_dist.kernels.common.checks import check_choice, check_positive
 
@@ -22,6 +22,8 @@ from .segments import SegmentTable
 AttentionMethod = Literal["auto", "all_gather", "ulysses"]
 
 GATHERED_BYTES = 2**30
+MOST_SHAPES = 2**16
+"""Of attention in a process: as many as anybody waits for."""
 
 
 def attention_over_segments(
@@ -190,7 +192,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, route: _Route, table: SegmentTable,
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     elif q.is_cuda and q.dtype != torch.float64:
         blocks = block_mask(sight, local, route.holders, q.device)
-        y = _compiled_flex()(q, k, v, block_mask=blocks, enable_gqa=grouped)
+        y = _flex(q, k, v, blocks, grouped)
     else:
         mask = local.kept(("mask", route.holders, q.device), lambda: sight.dense(q.device))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
@@ -211,7 +213,13 @@ class _NoQueries(torch.autograd.Function):
         return grad, torch.zeros_like(k), torch.zeros_like(v)
 
 
+def _flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask, grouped: bool) -> Tensor:
+    # compiled once a shape; by its own limit dynamo would leave it uncompiled from the ninth on and not say so
+    with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, accumulated_recompile_limit=MOST_SHAPES):
+        return _compiled_flex()(q, k, v, block_mask=blocks, enable_gqa=grouped)
+
+
 @functools.cache
 def _compiled_flex():
-    # uncompiled, FlexAttention writes out the whole matrix of scores
-    return torch.compile(flex_attention, dynamic=False)
+    # uncompiled, FlexAttention writes out the whole matrix of scores; a full graph is compiled or an error
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)

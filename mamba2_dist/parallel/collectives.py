@@ -14,6 +14,7 @@ from it), or *partial* (the sum over ranks is meant), or *sharded*.
 | all_to_all     | all-to-all     | all-to-all          | sharded         | sharded         |
 
 A result is "used apart" when every rank goes on with it in its own way, so that gradients differ and their sum counts.
+Second derivatives are refused: an adjoint is no function of autograd.
 """
 
 import math
@@ -22,6 +23,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import ledger
 from .groups import Group
@@ -121,6 +123,7 @@ class _Replicate(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return _all_reduce(grad.clone(), ctx.group, dist.ReduceOp.SUM), None
 
@@ -132,6 +135,7 @@ class _ReplicateRows(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         grad = grad.clone()
         runs = [grad.narrow(0, start, length) for start, length in ctx.rows]
@@ -147,6 +151,7 @@ class _Reduce(torch.autograd.Function):
         return _all_reduce(tensor.clone(), group, dist.ReduceOp.SUM)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return grad, None
 
@@ -158,6 +163,7 @@ class _AllReduce(torch.autograd.Function):
         return _all_reduce(tensor.clone(), group, dist.ReduceOp.SUM)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return _all_reduce(grad.clone(), ctx.group, dist.ReduceOp.SUM), None
 
@@ -169,6 +175,7 @@ class _AllGather(torch.autograd.Function):
         return _all_gather(tensor, group, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return _reduce_scatter(grad, ctx.group, ctx.dim), None, None
 
@@ -180,6 +187,7 @@ class _ReduceScatter(torch.autograd.Function):
         return _reduce_scatter(tensor, group, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return _all_gather(grad, ctx.group, ctx.dim), None, None
 
@@ -191,6 +199,7 @@ class _AllToAll(torch.autograd.Function):
         return rows_over(tensor, group, sent, received)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return rows_over(grad, ctx.group, ctx.received, ctx.sent), None, None, None
 

@@ -40,6 +40,10 @@ class Group:
     def size(self) -> int:
         return len(self.ranks)
 
+    def __deepcopy__(self, memo: dict) -> "Group":
+        """Itself: a copy of a module speaks through the same communicator."""
+        return self
+
     @cached_property
     def buffers(self) -> dict[Hashable, Any]:
         """Memory that the group's ranks share."""
@@ -70,9 +74,11 @@ class ParallelGroups:
 
     tp, cp, pp: sizes; dp: size, or None for whatever the world leaves.
     node_size: processes of a node, which are neighbours; None: as torchrun says, or all.
-    machine: the links by which it is chosen how states and heads travel, as `mamba2-dist calibrate` measures them.
+    machine: the links by which it is chosen how states and heads travel, as `mamba2-dist calibrate` measures them; that
+        of rank 0, as all must choose the same.
     device_type: "cpu" or "cuda"; None: "cuda" where there is one and the processes do not speak gloo alone.
-    Without `torch.distributed` every size must be 1. Raises ValueError for sizes below 1 or that do not fill the world.
+    Without `torch.distributed` every size must be 1. Raises ValueError for sizes below 1 or that do not fill the world,
+    and where nodes have different sizes.
     """
 
     tp: Group
@@ -119,6 +125,7 @@ class ParallelGroups:
             rows = torch.arange(world).view(pp, dp, cp, tp).movedim(2, 3).reshape(-1, cp)
             if node_size is None:
                 node_size = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+            node_size, machine = _agreed(node_size, machine)
             self.cp = _with_nodes(replace(self.cp, machine=machine), rows, node_size)
             self.states = _with_nodes(replace(Group.of("states", _along(rows)), machine=machine), rows, node_size)
             _meet(self.states, device_type)
@@ -138,6 +145,10 @@ class ParallelGroups:
         self.data_mesh = None
         self._tp_parts = {}
 
+    def __deepcopy__(self, memo: dict) -> "ParallelGroups":
+        """Itself, as each of its groups."""
+        return self
+
     def tp_part(self, size: int) -> Group:
         """The `size` neighbouring tp ranks that this rank stands among, as a group of their own.
 
@@ -155,6 +166,19 @@ class ParallelGroups:
             handle, _ = dist.new_subgroups(size)
             self._tp_parts[size] = Group.of("tp part", handle)
         return self._tp_parts[size]
+
+
+def _agreed(node_size: int, machine: Machine) -> tuple[int, Machine]:
+    """The node size of all and the machine of rank 0. Raises ValueError on every rank unless node sizes are equal."""
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, (node_size, machine))
+    sizes = sorted({size for size, _ in told})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"node_size must be the same on every rank, got {' and '.join(map(str, sizes))}; start as many processes "
+            "on every node, or give node_size"
+        )
+    return node_size, told[0][1]
 
 
 def _meet(group: Group, device_type: str) -> None:

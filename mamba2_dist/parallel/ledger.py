@@ -10,7 +10,7 @@ from torch import Tensor
 from .groups import Group
 
 
-@dataclass
+@dataclass(eq=False)  # one that is closed is found among others that counted the same
 class Ledger:
     """By (collective, group name), on this rank: launches, messages that others send to it, and their bytes; those of a
     collective as the algorithm that moves least has them."""

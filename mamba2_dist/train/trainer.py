@@ -102,7 +102,7 @@ class Trainer:
         self.groups = ParallelGroups(
             parallel.tp, parallel.cp, 1, parallel.dp, device_type=device.type, machine=machine
         )  # fmt: skip
-        self.config = choose_layout(config.on(self.groups.dp.size), machine)
+        self.config = choose_layout(config.on(self.groups.dp.size), self.groups.cp.machine)
         parallel, self.folder, self.device = self.config.parallel, folder, device
         self.first = dist.get_rank() == 0
         self.share, self.micro = self.config.share(self.groups.dp.size)

@@ -19,6 +19,7 @@ from mamba2_dist import (
     ParallelGroups,
     SegmentTable,
 )
+from mamba2_dist.modules.mixer import Mamba2Cache
 from mamba2_dist.parallel.carry import Carry
 from mamba2_dist.parallel.ledger import record_collectives
 from mamba2_dist.parallel.segments import Segment, rows_between
@@ -229,6 +230,14 @@ def test_a_memory_is_a_cache_to_step_from():
     assert_close(steps, model(tokens)[:, 9:], EXACT)
 
 
+def test_steps_under_autocast_leave_a_memory():
+    mixer, u = Mamba2Mixer(Mamba2Config(d_state=6, headdim=4), 16), torch.randn(1, 1, 16)
+    cache = mixer.new_cache(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixer.step(u, cache)
+    mixer(u, None, cache)
+
+
 def test_what_was_not_carried_is_not_read():
     """Also where it is not finite."""
     model, tokens = HybridModel(_config(), dtype=torch.float64), torch.randint(0, 32, (2, 9))
@@ -249,7 +258,16 @@ def test_what_was_not_carried_is_not_read():
             "memory must be given when rows of segments",
         ),
         (lambda m, u: m(u, None, m.new_cache(2)), r"memory\.conv must have shape"),
+        (
+            lambda m, u: m(u, None, Mamba2Cache(m.new_cache(1).conv, m.new_cache(1).ssm.long())),
+            r"memory\.ssm must be torch\.float32, that of new_cache\(batch\), or wider, got torch\.int64",
+        ),
+        (lambda m, u: m(u, None, Mamba2Cache(m.new_cache(1).conv.half(), m.new_cache(1).ssm)), r"memory\.conv must be"),
         (lambda m, u: checkpoint(lambda u: m(u, None, m.new_cache(1)), u, use_reentrant=False), "memory must not be"),
+        (
+            lambda m, u: checkpoint(lambda u: m(u, None, m.new_cache(1)), u, use_reentrant=True).sum().backward(),
+            "memory must not be",
+        ),
         (lambda m, u: SegmentTable.contiguous(6, 1, carried=[True, False]), "carried must say of each of 1 rows"),
         (
             lambda m, u: SegmentTable.contiguous(6, 1, documents=[[0, 0, 6]], carried=[True]),

@@ -1,12 +1,26 @@
 """The whole model: stepping, documents, and what it refuses."""
 
+import copy
+import operator
+
 import pytest
 import torch
 
-from mamba2_dist import AttentionConfig, HybridConfig, HybridModel, Mamba2Config, ParallelConfig, SegmentTable
+from mamba2_dist import (
+    AttentionConfig,
+    HybridConfig,
+    HybridModel,
+    Mamba2Config,
+    ParallelConfig,
+    ParallelGroups,
+    SegmentTable,
+)
 from mamba2_dist.models.generate import generate
 from mamba2_dist.models.hybrid_model import check_split
+from mamba2_dist.modules.block import hybrid_layers
 
+from ..distributed import run_ranks
+from ..splits import groups_of
 from ..tolerances import EXACT, assert_close
 
 CONFIG = HybridConfig(
@@ -65,6 +79,27 @@ def test_generation_is_repeatable_and_stops():
 def test_wrong_calls_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(HybridModel(CONFIG))
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_layers_step_by_one_whole_token(layer):
+    for sequence_parallel, tokens in ((False, 2), (True, 1)):
+        mixer = hybrid_layers(CONFIG, ParallelGroups.alone(), sequence_parallel=sequence_parallel)[layer].mixer
+        with pytest.raises(ValueError, match="step takes one token at a time"):
+            mixer.step(torch.zeros(1, tokens, 16), mixer.new_cache(1))
+
+
+def _copied():
+    groups = groups_of(1, 2)
+    model, table = HybridModel(CONFIG, groups), SegmentTable.contiguous(8, 2)
+    twin, tokens = copy.deepcopy(model), torch.randint(0, 40, (1, 4))
+    assert torch.equal(twin(tokens, None, table), model(tokens, None, table))
+    assert not any(map(operator.is_, twin.parameters(), model.parameters()))
+
+
+def test_a_split_model_can_be_copied():
+    """As for averages of its weights."""
+    run_ranks(2, _copied)
 
 
 @pytest.mark.parametrize(("ngroups", "tp"), [(1, 2), (2, 4), (4, 2)])

@@ -5,6 +5,7 @@ import torch
 from mamba2_dist.kernels.conv1d import causal_conv1d
 from mamba2_dist.kernels.norm import gated_rmsnorm_reference
 from mamba2_dist.kernels.ssd import ssd_recurrence
+from torch.distributed.distributed_c10d import get_pg_count
 
 from mamba2_dist import Mamba2Config, Mamba2Mixer, ParallelGroups, SegmentTable
 from mamba2_dist.modules.base import named_records
@@ -139,6 +140,16 @@ def test_groups_that_do_not_fit_are_refused():
         Mamba2Mixer(CONFIG, 16, groups)
     with pytest.raises(ValueError, match="state_scan must be one of"):
         Mamba2Mixer(CONFIG, 16, ParallelGroups.alone(), state_scan="gossip")
+
+
+def _without_groups() -> int:
+    before = get_pg_count()
+    _mixer()
+    return get_pg_count() - before
+
+
+def test_a_mixer_without_groups_makes_none():
+    assert run_ranks(2, _without_groups) == [0, 0]
 
 
 def test_segments_are_asked_for():

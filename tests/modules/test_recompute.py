@@ -75,6 +75,15 @@ def test_backward_frees_what_was_saved(recompute):
     assert kept[0]() is None
 
 
+@pytest.mark.usefixtures("_no_garbage_collection")
+@pytest.mark.parametrize("recompute", ["none", "conv", "inner"])
+def test_without_backward_it_is_freed_too(recompute):
+    mixer, kept = Mamba2Mixer(Mamba2Config(d_state=6, headdim=4), 16, recompute=recompute), []
+    mixer.conv1d.register_forward_pre_hook(lambda _, inputs: kept.append(weakref.ref(inputs[0])))
+    mixer(torch.randn(1, 8, 16, requires_grad=True), SegmentTable.zigzag(8, 1))
+    assert kept[0]() is None
+
+
 @pytest.mark.parametrize("recompute", ["none", "conv", "inner"])
 def test_a_weight_changed_before_backward_is_noticed(recompute):
     mixer = Mamba2Mixer(Mamba2Config(d_state=6, headdim=4), 16, recompute=recompute)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mamba2_dist import SegmentTable
 from mamba2_dist.parallel import gathered_again
-from mamba2_dist.parallel.attention import _route, attention_over_segments, check_attention
+from mamba2_dist.parallel.attention import _flex, _route, attention_over_segments, check_attention
 from mamba2_dist.parallel.attention_mask import (
     Sight,
     SightOnDevice,
@@ -329,11 +330,44 @@ def test_flex_attention_skips_what_nobody_sees():
     assert_close(y, expected, RELATIVE[torch.float32])
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_flex_attention_is_compiled_for_every_shape():
+    # of which dynamo would allow 8
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True), torch.no_grad():
+        for seqlen in (200, 216):
+            sight = Sight.of(SegmentTable.zigzag(2 * seqlen, 2), ((0,), (1,)), 1)
+            q, k, v = (torch.randn(1, 2, len(tokens), 16) for tokens in (sight.query, sight.key, sight.key))
+            y = _flex(q, k, v, make_block_mask(sight, SightOnDevice.of(sight, CPU)), False)
+            expected = F.scaled_dot_product_attention(q, k, v, attn_mask=sight.dense(CPU))
+            assert_close(y, expected, RELATIVE[torch.float32])
+
+
 @pytest.fixture
 def _one_of_many(monkeypatch):
     """Collectives of a group whose other ranks hold the same."""
     monkeypatch.setattr(gathered_again, "all_gather", lambda x, group, dim: torch.cat([x] * group.size, dim))
     monkeypatch.setattr(gathered_again, "gather_over", lambda x, group: torch.stack([x.detach()] * group.size))
+
+
+@pytest.mark.usefixtures("_one_of_many")
+def test_queries_changed_before_backward_are_noticed():
+    table = SegmentTable.zigzag(SEQLEN, 2)
+    q, k, v = (table.shard(tensor, 0).requires_grad_() for tensor in _inputs(table, (4, 2)))
+    y = attention_over_segments(q, k, v, table, Group("cp", (0, 1)), method="all_gather")
+    with torch.no_grad():
+        q.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.usefixtures("_one_of_many", "_no_garbage_collection")
+def test_without_backward_nothing_is_kept():
+    table = SegmentTable.zigzag(SEQLEN, 2)
+    q, k, v = (table.shard(tensor, 0).requires_grad_() for tensor in _inputs(table, (4, 2)))
+    attention_over_segments(q, k, v, table, Group("cp", (0, 1)), method="all_gather")
+    kept = weakref.ref(q)
+    del q
+    assert kept() is None
 
 
 @pytest.mark.gpu

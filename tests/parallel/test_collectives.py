@@ -5,7 +5,7 @@ import torch
 
 from mamba2_dist.parallel import collectives
 from mamba2_dist.parallel.groups import Group
-from mamba2_dist.parallel.ledger import record_collectives
+from mamba2_dist.parallel.ledger import enter, record_collectives
 
 from ..distributed import run_ranks
 from ..splits import groups_of
@@ -96,6 +96,25 @@ def test_replicate_rows(ranks):
     run_ranks(ranks, _replicate_rows)
 
 
+def _second_derivatives():
+    group = _group()
+    x, halves = torch.randn(2, 2, requires_grad=True), [1, 1]
+    for function in (
+        collectives.replicate, collectives.reduce, collectives.all_reduce,
+        lambda x, group: collectives.replicate_rows(x, ((0, 1),), group),
+        lambda x, group: collectives.all_gather(x, group, 0),
+        lambda x, group: collectives.reduce_scatter(x, group, 0),
+        lambda x, group: collectives.all_to_all(x, group, halves, halves),
+    ):  # fmt: skip
+        (grad,) = torch.autograd.grad(function(x, group).pow(3).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+
+def test_second_derivatives_are_refused():
+    run_ranks(2, _second_derivatives)
+
+
 def _ledger():
     group = _group()
     with record_collectives() as ledger:
@@ -108,6 +127,14 @@ def _ledger():
 
 def test_ledger():
     run_ranks(2, _ledger)
+
+
+def test_ledgers_inside_one_another():
+    with record_collectives() as outer:
+        with record_collectives():
+            pass
+        enter("all_gather", Group("tp", (0, 1)), 1, 8)
+    assert outer.calls.total() == 1
 
 
 def test_uneven_scatter_is_refused():
