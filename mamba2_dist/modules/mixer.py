@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba2_dist.config import Mamba2Config
-from mamba2_dist.kernels.common.checks import check_device, check_shape
+from mamba2_dist.kernels.common.checks import check_device, check_positive, check_shape
 from mamba2_dist.kernels.ssd import discretize, mamba_chunk_scan_combined, ssd_matrix
 from mamba2_dist.parallel.carry import Carry
 from mamba2_dist.parallel.groups import ParallelGroups
@@ -50,7 +50,7 @@ class Mamba2Mixer(PartitionedModule):
         or all between in_proj and out_proj ("inner"). The numbers are the same, and nothing is communicated twice.
     residual_layers: layers that add to the residual stream, for the scale of out_proj.
     seed: parameters are drawn from it, the same for any split; None: left for `initialize`.
-    Raises ValueError when heads or groups do not fit tp.
+    Raises ValueError when heads or groups do not fit tp, and for sizes that are not above zero.
     """
 
     dt_bias: nn.Parameter
@@ -73,6 +73,8 @@ class Mamba2Mixer(PartitionedModule):
     ):
         super().__init__()
         groups = groups or ParallelGroups.alone()
+        for name, value in (("d_model", d_model), ("norm_eps", norm_eps), ("residual_layers", residual_layers)):
+            check_positive(name, value)
         d_inner, nheads = config.d_inner(d_model), config.nheads(d_model)
         check_recompute(recompute, "M")
         check_state_scan(state_scan, groups.states)

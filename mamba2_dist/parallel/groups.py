@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from mamba2_dist.kernels.common.checks import check_positive
+from mamba2_dist.kernels.common.checks import check_choice, check_integer, check_positive
 
 from .cost_model import H200, Machine
 
@@ -104,7 +104,9 @@ class ParallelGroups:
     ):
         sizes = {"tp": tp, "cp": cp, "pp": pp, "dp": 1 if dp is None else dp}
         for name, size in (sizes | ({} if node_size is None else {"node_size": node_size})).items():
+            check_integer(name, size)
             check_positive(name, size)
+        check_choice("device_type", device_type, (None, "cpu", "cuda"))
         world = dist.get_world_size() if dist.is_initialized() else 1
         if dp is None:
             dp = max(world // (tp * cp * pp), 1)
