@@ -24,11 +24,14 @@ def poison_memory(patch: Callable[[object, str, object], None]) -> None:
     def poisoned(make):
         def call(*args, **kwargs):
             tensor = make(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+            # what a compiler traces with, or PyTorch itself makes for its graphs, is left alone
+            ours = type(tensor) is torch.Tensor and not tensor.requires_grad
+            return tensor.fill_(float("nan")) if ours and tensor.is_floating_point() else tensor
 
         return call
 
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+    # not torch.empty, which default devices know by identity
+    for owner, name in ((torch, "empty_like"), (torch.Tensor, "new_empty")):
         patch(owner, name, poisoned(getattr(owner, name)))
 
 
