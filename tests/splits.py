@@ -9,6 +9,9 @@ from mamba2_dist.parallel.collectives import sum_over
 
 from .tolerances import EXACT, assert_close
 
+SCANS = ("all_gather", "sliced", "hierarchical", "log_step", "ring", "serial_exact")
+"""How states travel over gloo; "auto" is one of these."""
+
 _groups: dict[tuple, ParallelGroups] = {}
 
 
@@ -23,8 +26,8 @@ def groups_of(tp: int, cp: int, dp: int = 1, node_size: int | None = None) -> Pa
 def make_table(layout: str, seqlen: int, cp: int, documents) -> SegmentTable:
     """A table by name: "contiguous", "zigzag" or "uneven" (with a shard shorter than a convolution's reach)."""
     if layout == "uneven":
-        lengths = [[seqlen], [2, seqlen - 2], [seqlen - 9, 2, 7], [seqlen - 9, 2, 0, 7]][cp - 1]
-        return SegmentTable.uneven(lengths, documents=documents)
+        few = {1: [], 2: [seqlen - 2], 3: [2, 7], 4: [2, 0, 7], 8: [2, 0, 7, 1, 0, 2, 5]}[cp]
+        return SegmentTable.uneven([seqlen - sum(few), *few], documents=documents)
     return getattr(SegmentTable, layout)(seqlen, cp, documents=documents)
 
 

@@ -156,40 +156,39 @@ H200 = Machine(
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of one rank, one layer, one pass: operations started, messages and bytes received, at most."""
+    """Of the busiest rank, one layer, one pass: operations started, messages and bytes received."""
 
     launches: int
     messages: int
     bytes: float
 
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.launches + other.launches, self.messages + other.messages, self.bytes + other.bytes)
-
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of `ranks` ranks on `nodes` nodes; every rank waits for it before the next."""
+    """One operation of `ranks` ranks on `nodes` nodes; every rank waits for it before the next. messages, bytes:
+    received; of each rank where they differ."""
 
     kind: Literal["all_gather", "all_to_all", "message", "read"]
     ranks: int
     nodes: int
-    messages: int
-    bytes: float
+    messages: int | np.ndarray
+    bytes: float | np.ndarray
 
     def time(self, machine: Machine) -> float:
         """Seconds until the slowest rank has received everything."""
+        messages, size = int(np.max(self.messages)), float(np.max(self.bytes))
         if self.kind == "all_gather":
-            return gather_time(self.bytes, self.ranks, self.nodes, machine)
+            return gather_time(size, self.ranks, self.nodes, machine)
         if self.kind == "read":
             assert machine.peer_memory is not None, "refused before"
-            return machine.barrier_s + machine.peer_memory.time(self.bytes)
+            return machine.barrier_s + machine.peer_memory.time(size)
         near = machine.node if self.kind == "message" else machine.all_to_all
         if self.nodes == 1:
-            return near.time(self.bytes)
+            return near.time(size)
         # a rank whose messages cross to other nodes; those of its own node come at the same time, over other links
         share = self._crossing()
-        crossing = max(round(self.messages * share), 1)
-        return machine.rail.time(self.bytes * share) + (crossing - 1) * machine.rail_message_s
+        crossing = max(round(messages * share), 1)
+        return machine.rail.time(size * share) + (crossing - 1) * machine.rail_message_s
 
     def _crossing(self) -> float:
         """The share of its messages that the slowest rank receives from other nodes."""
@@ -247,7 +246,7 @@ def _rounds(chain: np.ndarray, ranks: int, nodes: int, size: float) -> list[Oper
     while distance < len(chain):
         receivers = chain[distance:][chain[distance:] != chain[:-distance]]
         if len(receivers):
-            messages = int(np.bincount(receivers).max())
+            messages = np.bincount(receivers, minlength=chain.max() + 1)
             found.append(Operation("message", ranks, nodes, messages, messages * size))
         distance *= 2
     return found
@@ -261,7 +260,7 @@ def traffic(
     state_bytes: float,
     decay_bytes: float = 0.0,
 ) -> Traffic:
-    """What one rank starts and receives in one pass of one layer.
+    """What the busiest rank starts and receives in one pass of one layer.
 
     ranks, nodes: of the group, as many ranks on every node; segments: of one rank; state_bytes, decay_bytes: of one
     segment's element (float32: 4 batch nheads/tp headdim d_state, and 4 batch nheads/tp). Raises ValueError for a group
@@ -273,7 +272,9 @@ def traffic(
         # a block is received and sent on
         return Traffic(2 * count, count, segments * state_bytes * (ranks > 1))
     steps = operations(backend, ranks, nodes, segments, state_bytes, decay_bytes)
-    return sum((Traffic(1, step.messages, step.bytes) for step in steps), Traffic(0, 0, 0.0))
+    # the rank to which most comes in one round need not be that of another
+    messages, size = (np.max(sum(each)) for each in ([s.messages for s in steps], [s.bytes for s in steps]))
+    return Traffic(len(steps), int(messages), float(size))
 
 
 def exchange_time(

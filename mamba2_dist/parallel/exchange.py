@@ -8,9 +8,8 @@ stands in `cost_model.py`.
 """
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -296,7 +295,7 @@ class _Ring:
         holders = [None, *chain.holders.tolist(), None]
         self.rank = chain.rank
         self.hops = [(int(chain.slots[p]), holders[p], holders[p + 2]) for p in chain.mine.tolist()]
-        self.blocks = RING_BLOCKS if _is_passed_whole(chain.holders.tolist()) else 1
+        self.blocks = RING_BLOCKS if _is_passed_whole(chain.holders) else 1
 
     def run(self, elements: Elements) -> Exchange:
         entering = torch.zeros_like(elements.states)
@@ -319,16 +318,15 @@ class _Ring:
         return entering
 
 
-def _is_passed_whole(holders: Sequence[int]) -> bool:
+def _is_passed_whole(holders: np.ndarray) -> bool:
     """Whether a rank that is handed states a second time has handed on all of the first by then: somebody between holds
     neighbouring segments, and so has them all before the first leaves. Otherwise blocks could wait for one another."""
-    runs = [(holder, len(list(run))) for holder, run in itertools.groupby(holders)]
-    last: dict[int, int] = {}
-    for index, (holder, _) in enumerate(runs):
-        if holder in last and all(length == 1 for _, length in runs[last[holder] + 1 : index]):
-            return False
-        last[holder] = index
-    return True
+    starts = np.flatnonzero(np.diff(holders, prepend=-1))
+    runs = holders[starts]
+    several = np.cumsum(np.diff(starts, append=len(holders)) > 1)  # runs of several segments up to each
+    order = np.argsort(runs, kind="stable")
+    first, again = order[:-1], order[1:]
+    return bool((several[again - 1] > several[first])[runs[first] == runs[again]].all())
 
 
 def _in_peers_memory(chain: _Chain, node_size: int) -> _AllGather | _Hierarchical:

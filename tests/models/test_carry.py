@@ -22,11 +22,12 @@ from mamba2_dist import (
 from mamba2_dist.modules.mixer import Mamba2Cache
 from mamba2_dist.parallel.carry import Carry
 from mamba2_dist.parallel.ledger import record_collectives
-from mamba2_dist.parallel.segments import Segment, rows_between
+from mamba2_dist.parallel.segments import rows_between
 from mamba2_dist.parallel.ssd import SSDOverSegments, conv1d_over_segments
 
 from ..distributed import run_ranks
 from ..splits import assert_same_gradients, groups_of
+from ..strategies import documents, recomputes, scans, segments
 from ..tolerances import EXACT, RELATIVE, assert_close
 
 SEQLEN = 24
@@ -112,11 +113,11 @@ def test_sequence_parallel():
     run_ranks(4, _model, 2, 2, ["zigzag"], "none", True)
 
 
-def _fuzzed(ranks, documents, cuts, segments, scan):
+def _fuzzed(ranks, documents, cuts, segments, scan, recompute):
     groups, config = groups_of(1, ranks), Mamba2Config(d_state=3, headdim=4, chunk_size=3, dt_init_range=(0.1, 1.0))
-    mixer = Mamba2Mixer(config, 8, groups, state_scan=scan, dtype=torch.float64)
+    mixer = Mamba2Mixer(config, 8, groups, state_scan=scan, recompute=recompute, dtype=torch.float64)
     whole = Mamba2Mixer(config, 8, ParallelGroups.alone(), dtype=torch.float64)
-    u = torch.randn(len(documents), cuts[-1], 8, dtype=torch.float64)
+    u = torch.randn(len(documents), cuts[-1], 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn_like(u)
     step = lambda token, cache: whole.step(token, cache[0])  # noqa: E731
     expected = _by_steps(step, lambda: [whole.new_cache(1)], u, documents, cuts)
@@ -124,31 +125,22 @@ def _fuzzed(ranks, documents, cuts, segments, scan):
     memory = mixer.new_cache(len(documents))
     for (start, end), cut in zip(itertools.pairwise(cuts), segments, strict=True):
         table = SegmentTable(cut, ranks=ranks, **rows_between(documents, start, end))
-        mine = [table.shard(whole[:, start:end], groups.cp.rank) for whole in (u, expected, weight)]
-        y = mixer(mine[0], table, memory)
+        mine = [table.shard(whole[:, start:end], groups.cp.rank) for whole in (u, expected, weight, u.grad)]
+        shard = mine[0].detach().requires_grad_()
+        y = mixer(shard, table, memory)
         assert_close(y, mine[1], EXACT, f"tokens {start} to {end}")
         (y * mine[2]).sum().backward()
+        assert_close(shard.grad, mine[3], EXACT, f"input gradient of tokens {start} to {end}")
     assert_same_gradients(mixer, whole, groups)
-
-
-def _draw_segments(data, seqlen: int, ranks: int) -> list[Segment]:
-    edges = [0, *sorted(data.draw(st.lists(st.integers(0, seqlen), max_size=4))), seqlen]
-    owners = [data.draw(st.integers(0, ranks - 1)) for _ in edges[1:]]
-    return [Segment(edges[i], edges[i + 1], owner, owners[:i].count(owner)) for i, owner in enumerate(owners)]
-
-
-lengths = st.lists(st.one_of(st.integers(0, 5), st.integers(6, 21)), min_size=1, max_size=6)
 
 
 # a failure ends the ranks, so looking for a smaller one would take minutes
 @settings(max_examples=40, deadline=None, phases=[Phase.explicit, Phase.generate])
-@given(st.lists(lengths, min_size=1, max_size=3), st.sets(st.integers(1, 17), max_size=3), st.data())
-def test_fuzzed_documents_batches_and_cuts(rows, cuts, data):
-    documents = [[0, *(min(end, 18) for end in itertools.accumulate(row)), 18] for row in rows]
+@given(documents(18), st.sets(st.integers(1, 17), max_size=3), scans, recomputes, st.data())
+def test_fuzzed_documents_batches_and_cuts(documents, cuts, scan, recompute, data):
     edges = [0, *sorted(cuts), 18]
-    segments = [_draw_segments(data, end - start, 3) for start, end in itertools.pairwise(edges)]
-    scan = data.draw(st.sampled_from(["all_gather", "sliced", "hierarchical", "log_step", "ring", "serial_exact"]))
-    run_ranks(3, _fuzzed, 3, documents, edges, segments, scan)
+    cut = [data.draw(segments(end - start, 3)) for start, end in itertools.pairwise(edges)]
+    run_ranks(3, _fuzzed, 3, documents, edges, cut, scan, recompute)
 
 
 def _triton(ranks, layout):

@@ -15,13 +15,12 @@ from mamba2_dist import (
 from mamba2_dist.config import MLPConfig
 
 from ..distributed import run_ranks
-from ..splits import assert_same_gradients, groups_of, make_table
+from ..splits import SCANS, assert_same_gradients, groups_of, make_table
 from ..tolerances import EXACT, assert_close
 
 SEQLEN = 24
 # a document over three ranks, empty neighbours, length 1, starts on and beside cuts, and a row with one document
 DOCUMENTS = [[0, 0, 3, 3, 4, 19, 19, 24], [0, 6, 7, 8, 12, 13, 18, 24, 24], [0, 24]]
-SCANS = ("auto", "all_gather", "sliced", "log_step", "ring", "serial_exact")
 SPLITS = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 3), (1, 4), (2, 2)]
 
 
@@ -34,7 +33,9 @@ def _table(layout, cp, packed):
 
 
 def _mixer(tp, cp, ngroups, layout, packed, scan, sequence_parallel):
-    groups, table = groups_of(tp, cp), _table(layout, cp, packed)
+    # two nodes, or three of a rank each
+    node_size = max(tp * cp // 2, 1) if scan == "hierarchical" else None
+    groups, table = groups_of(tp, cp, node_size=node_size), _table(layout, cp, packed)
     options = {"dtype": torch.float64}
     mixer = Mamba2Mixer(_mamba(ngroups), 16, groups, state_scan=scan, sequence_parallel=sequence_parallel, **options)
     whole = Mamba2Mixer(_mamba(ngroups), 16, ParallelGroups.alone(), **options)
@@ -59,11 +60,21 @@ def _mixer(tp, cp, ngroups, layout, packed, scan, sequence_parallel):
 @pytest.mark.parametrize("ngroups", [1, 2, 8])
 @pytest.mark.parametrize(
     ("tp", "cp", "scan"),
-    [(*split, scan) for split in SPLITS for scan in SCANS if split[1] > 1 or scan == "auto"],
+    [(*split, scan) for split in SPLITS for scan in (SCANS if split[1] > 1 else ["auto"])],
 )
 def test_mixer(tp, cp, scan, ngroups, layout):
     for packed in (False, True):
         run_ranks(tp * cp, _mixer, tp, cp, ngroups, layout, packed, scan, False)
+
+
+def _mixer_by_every_scan(cp, layout):
+    for scan in SCANS:
+        _mixer(1, cp, 2, layout, True, scan, False)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "uneven"])
+def test_mixer_on_eight_ranks(layout):
+    run_ranks(8, _mixer_by_every_scan, 8, layout)
 
 
 @pytest.mark.parametrize("ngroups", [1, 2, 8])

@@ -22,8 +22,9 @@ from mamba2_dist.parallel.segments import rows_between
 
 from ..distributed import run_ranks
 from ..splits import assert_same_gradients, groups_of
+from ..strategies import documents, recomputes, scans, segments
 from ..tolerances import EXACT, RELATIVE, assert_close
-from .test_carry import CUTS, DOCUMENTS, LAYOUTS, SEQLEN, _config, _cut, _draw_segments, lengths
+from .test_carry import CUTS, DOCUMENTS, LAYOUTS, SEQLEN, _config, _cut
 
 
 def _model(tp, cp, layouts, recompute, ngroups=2):
@@ -133,10 +134,10 @@ def _weighted(y, memory, weights) -> torch.Tensor:
     return sum((tensor * weight).sum() for tensor, weight in zip((y, memory.conv, memory.ssm), weights, strict=True))
 
 
-def _chained(ranks, documents, carried, cuts, segments, scan):
+def _chained(ranks, documents, carried, cuts, segments, scan, recompute):
     """Batches in a row whose graph is not cut, against one batch, against single steps."""
     groups, config = groups_of(1, ranks), Mamba2Config(d_state=3, headdim=4, chunk_size=3, dt_init_range=(0.1, 1.0))
-    mixer = Mamba2Mixer(config, 8, groups, state_scan=scan, dtype=torch.float64)
+    mixer = Mamba2Mixer(config, 8, groups, state_scan=scan, recompute=recompute, dtype=torch.float64)
     whole = Mamba2Mixer(config, 8, ParallelGroups.alone(), dtype=torch.float64)
     rows = len(documents)
     u, entering = torch.randn(rows, cuts[-1], 8, dtype=torch.float64), _memory(mixer, rows)
@@ -186,11 +187,10 @@ def _check_steps(mixer, documents, carried, leaves, weights) -> None:
 
 # a failure ends the ranks, so looking for a smaller one would take minutes
 @settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.generate])
-@given(st.lists(lengths, min_size=1, max_size=3), st.sets(st.integers(1, 17), max_size=3), st.data())
-def test_gradients_through_memory(rows, cuts, data):
-    documents = [sorted({0, *(min(end, 18) for end in itertools.accumulate(row)), 18}) for row in rows]
+@given(documents(18), st.sets(st.integers(1, 17), max_size=3), scans, recomputes, st.data())
+def test_gradients_through_memory(documents, cuts, scan, recompute, data):
+    documents = [sorted(set(row)) for row in documents]  # a row that is carried begins with tokens
     carried = [data.draw(st.booleans()) for _ in documents]
     edges = [0, *sorted(cuts), 18]
-    segments = [_draw_segments(data, end - start, 3) for start, end in itertools.pairwise(edges)]
-    scan = data.draw(st.sampled_from(["all_gather", "sliced", "hierarchical", "log_step", "ring", "serial_exact"]))
-    run_ranks(3, _chained, 3, documents, carried, edges, segments, scan)
+    cut = [data.draw(segments(end - start, 3)) for start, end in itertools.pairwise(edges)]
+    run_ranks(3, _chained, 3, documents, carried, edges, cut, scan, recompute)

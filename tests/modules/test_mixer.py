@@ -1,5 +1,7 @@
 """The mixer's other faces, its first parameters, and how much it communicates."""
 
+import itertools
+
 import pytest
 import torch
 from mamba2_dist.kernels.conv1d import causal_conv1d
@@ -9,10 +11,11 @@ from torch.distributed.distributed_c10d import get_pg_count
 
 from mamba2_dist import Mamba2Config, Mamba2Mixer, ParallelGroups, SegmentTable
 from mamba2_dist.modules.base import named_records
-from mamba2_dist.parallel.ledger import record_collectives
+from mamba2_dist.parallel.cost_model import traffic
+from mamba2_dist.parallel.ledger import Ledger, record_collectives
 
 from ..distributed import run_ranks
-from ..splits import groups_of
+from ..splits import SCANS, groups_of
 from ..tolerances import EXACT, assert_close
 
 CONFIG = Mamba2Config(d_state=6, headdim=4, ngroups=2, chunk_size=5, D_has_hdim=True, dt_limit=(0.01, 0.5))
@@ -131,6 +134,42 @@ def test_collectives_of_a_block(split, forward, backward):
     ranks = split["tp"] * split["cp"]
     for counts in run_ranks(ranks, _count, split["tp"], split["cp"], split["ngroups"], split.get("sp", False)):
         assert counts == {"forward": forward, "backward": backward}
+
+
+def _states_traffic(ranks: int, node_size: int) -> dict:
+    """By backend and layout, of states: launches, messages and bytes of the forward pass and of the backward."""
+    groups, found = groups_of(1, ranks, node_size=node_size), {}
+    for backend, layout in itertools.product(EXCHANGES, LAYOUTS):
+        mixer = Mamba2Mixer(Mamba2Config(d_state=6, headdim=8), 16, groups, state_scan=backend)
+        with record_collectives() as forward:
+            y = mixer(torch.randn(1, 2, 16, requires_grad=True), getattr(SegmentTable, layout)(2 * ranks, ranks))
+        with record_collectives() as backward:
+            y.sum().backward()
+        found[backend, layout] = [_of_states(forward), _of_states(backward)]
+    return found
+
+
+def _of_states(ledger: Ledger) -> tuple:
+    counters = ledger.calls, ledger.messages, ledger.bytes
+    return tuple(sum(each[key] for key in each if key[1].startswith("states")) for each in counters)
+
+
+EXCHANGES = [scan for scan in SCANS if scan != "serial_exact"]
+LAYOUTS = {"contiguous": 1, "zigzag": 2}  # segments of a rank
+
+
+@pytest.mark.parametrize(("ranks", "node_size"), [(3, 1), (4, 1), (4, 2), (8, 4)])
+def test_the_busiest_ranks_ledger_equals_the_formula(ranks, node_size):
+    found, state, decay = run_ranks(ranks, _states_traffic, ranks, node_size), 4 * 4 * 8 * 6, 4 * 4
+    for case in itertools.product(EXCHANGES, LAYOUTS):
+        place = ranks, ranks // node_size, LAYOUTS[case[1]]
+        expected = traffic(case[0], *place, state, 0 if case[0] == "ring" else decay)
+        for direction in zip(*(ledgers[case] for ledgers in found), strict=True):
+            assert tuple(map(max, *direction)) == (expected.launches, expected.messages, expected.bytes), case
+    if ranks == 8:
+        moved = {backend: max(ledgers[backend, "contiguous"][0][2] for ledgers in found) for backend in EXCHANGES}
+        assert moved["sliced"] <= 2.1 * state
+        assert moved["all_gather"] == 7 * (state + decay)
 
 
 def test_groups_that_do_not_fit_are_refused():

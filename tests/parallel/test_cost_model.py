@@ -64,13 +64,12 @@ def test_log_step_against_its_schedule(ranks, layout):
     """Doubling distances along the chain of a real table."""
     table = getattr(SegmentTable, layout)(4 * ranks, ranks)
     holders = table.holders.tolist()
-    distance, launches, messages = 1, 0, 0
+    distance, launches, messages = 1, 0, [0] * ranks
     while distance < len(holders):
-        now = [0] * ranks
         for link in range(distance, len(holders)):
-            now[holders[link]] += holders[link - distance] != holders[link]
-        distance, launches, messages = 2 * distance, launches + 1, messages + max(now)
-    expected = Traffic(launches, messages, messages * 1010)
+            messages[holders[link]] += holders[link - distance] != holders[link]
+        distance, launches = 2 * distance, launches + 1
+    expected = Traffic(launches, max(messages), max(messages) * 1010)
     assert traffic("log_step", ranks, 1, table.slots_per_rank, STATE, DECAY) == expected
 
 

@@ -49,8 +49,7 @@ def _recurrence(states: torch.Tensor, decays: torch.Tensor) -> torch.Tensor:
 
 def _positions(table: SegmentTable, rank: int) -> list[int]:
     """Of a rank's segments in the chain, in slot order."""
-    order = {segment: position for position, segment in enumerate(table.segments)}
-    return [order[segment] for segment in table.held[rank]]
+    return [table.position[segment] for segment in table.held[rank]]
 
 
 def _scan(table: SegmentTable, kind: str, backend: str, node_size: int | None = None):
@@ -81,11 +80,6 @@ def test_every_decay_and_layout(ranks, layout, kind, backend):
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "uneven"])
 def test_nodes(layout, node_size):
     run_ranks(4, _scan, make_table(layout, 24, 4, [[0, 24]]), "scalar", "hierarchical", node_size)
-
-
-@pytest.mark.parametrize("backend", ["sliced", "hierarchical", "log_step"])
-def test_eight_ranks(backend):
-    run_ranks(8, _scan, SegmentTable.zigzag(32, 8), "scalar", backend, 4)
 
 
 def _uneven_nodes():
@@ -133,8 +127,9 @@ def test_many_ranks_in_one_process(ranks, node_size, layout, reverse, backend):
 
 # with symmetric memory the steps are those of slices
 @pytest.mark.parametrize("backend", [backend for backend in PLAYED if backend != "symmetric_memory"])
-def test_4096_ranks(backend):
-    _play(SegmentTable.contiguous(4096, 4096), backend, 8, reverse=True)
+@pytest.mark.parametrize(("layout", "reverse"), [("contiguous", True), ("zigzag", False)])
+def test_4096_ranks(layout, reverse, backend):
+    _play(getattr(SegmentTable, layout)(8192, 4096), backend, 8, reverse)
 
 
 class _Written(TorchDispatchMode):
@@ -230,9 +225,9 @@ def test_what_auto_chose_is_logged_once_a_group(caplog, group):
 
 @pytest.mark.parametrize("backend", PLAYED)
 @pytest.mark.parametrize("segments", [1, 2])
-@pytest.mark.parametrize(("ranks", "node_size"), [(8, 8), (8, 2), (16, 4), (6, 6)])
+@pytest.mark.parametrize(("ranks", "node_size"), [(6, 6), (16, 4), (48, 8)])
 def test_ledger_equals_the_formula(ranks, node_size, segments, backend):
-    """What the busiest rank starts and receives."""
+    """What the busiest of more ranks than processes starts and receives."""
     if backend == "symmetric_memory" and node_size < ranks:
         pytest.skip("its ranks share a node")
     table = getattr(SegmentTable, ["contiguous", "zigzag"][segments - 1])(2 * ranks, ranks)
@@ -246,17 +241,4 @@ def test_ledger_equals_the_formula(ranks, node_size, segments, backend):
     loopback(exchanges, node_size, ledgers)
     expected = traffic(backend, ranks, ranks // node_size, segments, 3 * 48 * 8, 0 if backend == "ring" else 3 * 8)
     actual = tuple(max(getattr(ledger, name).total() for ledger in ledgers) for name in ("calls", "messages", "bytes"))
-    if segments == 1 or backend in ("all_gather", "sliced", "ring"):
-        assert actual == (expected.launches, expected.messages, expected.bytes)
-    else:
-        # neighbours of the chain that one rank holds need no message
-        assert actual[0] == expected.launches
-        assert actual[1] <= expected.messages
-        assert expected.bytes / 2 < actual[2] <= expected.bytes
-
-
-def test_slices_of_eight_ranks_are_no_more_than_two_states():
-    states, decays = _elements("scalar", 8)
-    state, decay = states[0].nbytes, decays[0].nbytes
-    assert traffic("sliced", 8, 1, 1, state).bytes <= 2.1 * state
-    assert traffic("all_gather", 8, 1, 1, state, decay).bytes == 7 * (state + decay)
+    assert actual == (expected.launches, expected.messages, expected.bytes)

@@ -18,7 +18,7 @@ from mamba2_dist import (
 )
 
 from ..distributed import run_ranks
-from ..splits import groups_of
+from ..splits import SCANS, groups_of
 
 CONFIG = HybridConfig(
     pattern="M*M-", d_model=32, vocab_size=64, mamba=Mamba2Config(d_state=16, headdim=16, chunk_size=16),
@@ -49,7 +49,7 @@ def without_numbers(monkeypatch):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("scan", ["all_gather", "sliced", "hierarchical", "log_step", "ring", "serial_exact"])
+@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("rank", [0, 2])
 def test_no_layer_needs_a_number(rank, layout, scan, without_numbers):
