@@ -12,6 +12,7 @@ can be imported. Every side is timed in one process, in turn. With --plot draws 
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -216,11 +217,12 @@ def distance(actual: Tensor, expected: Tensor) -> float:
     return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
-PROFILED = 5  # calls
+PROFILED = 9  # calls
+Span = tuple[str, float, float]
 
 
-def kernel_spans(call: Call) -> list[tuple[str, float, float]]:
-    """Name, start and end in us of every kernel and copy of `PROFILED` calls."""
+def kernel_spans(call: Call) -> list[list[Span]]:
+    """Of each of `PROFILED` calls, which launch the same, name, start and end in us of every kernel and copy."""
     call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         torch.cuda.synchronize()
@@ -228,23 +230,30 @@ def kernel_spans(call: Call) -> list[tuple[str, float, float]]:
         for _ in range(PROFILED):
             call()
         torch.cuda.synchronize()
-    return [
+    spans = [
         (event.name, event.time_range.start, event.time_range.end)
         for event in profile.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     ]
+    count, before = divmod(len(spans), PROFILED)  # the barrier's come before the calls'
+    spans = sorted(spans, key=lambda span: span[1])[before:]
+    return [spans[index * count : (index + 1) * count] for index in range(PROFILED)]
 
 
-def exposed_ms(kernels: list[tuple[str, float, float]], group: Group) -> tuple[float, float]:
-    """Time of communication kernels beside which nothing computes, and all of it; ms a call, of the slowest rank."""
-    talking = [(start, end) for name, start, end in kernels if "nccl" in name.lower()]
-    working = [(start, end) for name, start, end in kernels if "nccl" not in name.lower()]
-    alone = total_length(talking + working) - total_length(working)
-    return tuple(most(length / PROFILED / 1e3, group) for length in (alone, total_length(talking)))
+def exposed_ms(calls: list[list[Span]], group: Group) -> tuple[float, float]:
+    """Time of communication kernels beside which nothing computes, and all of it: ms a call, medians over calls, of the
+    slowest rank. Ranks wait in these kernels for one another too."""
+    times = []
+    for kernels in calls:
+        talking = [(start, end) for name, start, end in kernels if "nccl" in name.lower()]
+        working = [(start, end) for name, start, end in kernels if "nccl" not in name.lower()]
+        times.append((total_length(talking + working) - total_length(working), total_length(talking)))
+    return tuple(most(statistics.median(each) / 1e3, group) for each in zip(*times, strict=True))
 
 
-def differences(whole: list, cut: list, ranks: int, count: int = 14) -> str:
+def differences(whole_calls: list, cut_calls: list, ranks: int, count: int = 14) -> str:
     """The kernels whose time differs most from their share of the whole step."""
+    whole, cut = (list(itertools.chain.from_iterable(calls)) for calls in (whole_calls, cut_calls))
     totals: dict[str, list[float]] = {}
     for side, (kernels, scale) in enumerate(((whole, ranks), (cut, 1))):
         for name, start, end in kernels:
