@@ -16,6 +16,8 @@ import torch.multiprocessing as mp
 TIMEOUT_S = 120
 # process groups of gloo stay until their process ends, and each has threads that wake a hundred times a second
 MANY_THREADS = 200
+# that wait for their next task; of more, the threads take from the processors what a start costs
+MANY_RANKS = 4
 
 
 def poison_memory(patch: Callable[[object, str, object], None]) -> None:
@@ -112,19 +114,26 @@ def run_ranks(world_size: int, function, *args, device: str = "cpu") -> list:
     """`function(*args)` on every rank of a world that speaks gloo, or with device "cuda" NCCL, a GPU each; the ranks'
     results. A rank's failure fails the caller."""
     world = world_size, device
+    for other in [other for other in _running if other != world and other[0] > MANY_RANKS]:
+        _stop(other)
     if world not in _running:
         _running[world] = _Ranks(*world)
     try:
         results = _running[world].run((function.__module__, function.__qualname__, args))
         if _running[world].threads() > MANY_THREADS:
-            _running.pop(world).stop(gently=True)
+            _stop(world)
         return results
     except AssertionError:
         _running.pop(world).stop(gently=False)
         raise
 
 
+def _stop(world: tuple[int, str]) -> None:
+    # a process takes half a second to end, and has something to leave in order on a GPU only
+    _running.pop(world).stop(gently=world[1] == "cuda")
+
+
 @atexit.register
 def _stop_all() -> None:
-    for ranks in _running.values():
-        ranks.stop(gently=True)
+    for world in list(_running):
+        _stop(world)

@@ -96,8 +96,12 @@ def _model(tp, cp, layouts, recompute, sequence_parallel):
 LAYOUTS = [["contiguous"], ["zigzag"], ["uneven"], ["zigzag", "uneven", "contiguous"]]
 
 
-@pytest.mark.parametrize("layouts", LAYOUTS, ids="-".join)
-@pytest.mark.parametrize(("tp", "cp"), [(1, 1), (2, 1), (1, 2), (1, 4), (2, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("tp", "cp", "layouts"),
+    [(*split, layouts) for split in [(1, 2), (1, 4), (2, 2)] for layouts in LAYOUTS]
+    + [(*split, LAYOUTS[-1]) for split in [(1, 1), (2, 1), (4, 1)]],
+    ids=str,
+)
 def test_batches_in_a_row_are_the_uncut_rows(tp, cp, layouts):
     run_ranks(tp * cp, _model, tp, cp, layouts, "none", False)
 
