@@ -43,7 +43,7 @@ from mamba2_dist.train.trainer import Trainer
 
 SHAPES = [(2560, 1), (4096, 8)]  # d_model, ngroups
 PEER_SHAPES = [(2560, 8), (4096, 8)]
-BACKENDS = ("all_gather", "sliced", "log_step", "ring", "symmetric_memory")
+BACKENDS = ("all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory")
 DELAYED_RANKS = (64, 1024, 4096)
 LONG = {2**20: "none", 2**21: "inner"}  # recompute, by tokens of a sequence
 PARTS = ("backends", "mixer", "delays", "peer", "long")
@@ -128,12 +128,15 @@ def in_turn(calls: dict[str, Call], group: Group, options: argparse.Namespace, w
 def measure_backends(groups: ParallelGroups, options: argparse.Namespace):
     """Each backend alone, hidden by nothing: launched from Python, and as a CUDA graph, without the host."""
     table = SegmentTable.contiguous(groups.cp.size, groups.cp.size)
+    # on one node it is "sliced": here every GPU counts as a node
+    apart = ParallelGroups(cp=groups.cp.size, node_size=1)
     for nheads in (80, 128):
         state = torch.randn(1, 1, nheads, 64, 128, device="cuda")
         decay = torch.rand(1, 1, nheads, 1, 1, device="cuda")
 
         def call(backend: str, state=state, decay=decay) -> Call:
-            return lambda: state_scan.begin(state, decay, table, groups.states, backend).wait()
+            states = (apart if backend == "hierarchical" else groups).states
+            return lambda: state_scan.begin(state, decay, table, states, backend).wait()
 
         many = argparse.Namespace(rounds=options.rounds, calls=100)
         times = in_turn({backend: call(backend) for backend in BACKENDS}, groups.cp, many)
