@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from mamba2_dist.kernels.common.checks import check_choice, check_positive
 
 from .attention_mask import Sight, block_mask
-from .cost_model import SCORES_SHARE, gather_time
+from .cost_model import SCORES_SHARE, attention_exchange_time
 from .gathered_again import all_gather_again
 from .groups import Group
 from .heads import to_heads, to_tokens
@@ -123,7 +123,7 @@ def _route_with_lengths(
 ) -> tuple[_Route, list[int]]:
     """The route, and the tokens of each rank with which this one shares heads; kept for the next layer."""
     route = _route(method, q, k, table, group)
-    return route, [table.local(rank).length for rank in route.holders[route.keys.rank]]
+    return route, [table.lengths[rank] for rank in route.holders[route.keys.rank]]
 
 
 def _cost(route: _Route, q: Tensor, k: Tensor, table: SegmentTable, group: Group) -> float:
@@ -134,31 +134,36 @@ def _cost(route: _Route, q: Tensor, k: Tensor, table: SegmentTable, group: Group
     machine = group.machine
     # two products forward, five backward, of two FLOPs for each channel
     products = 14 * busiest * nheads * head_dim / (SCORES_SHARE * machine.matmul_flops)
-    tokens = max(table.local(rank).length for rank in range(table.ranks)) * table.batch
+    tokens = max(table.lengths) * table.batch
     head_bytes = tokens * head_dim * q.element_size()
-    trips, share = 0.0, (route.heads.size - 1) / route.heads.size
-    if route.heads.size > 1:
-        sent = (nheads + 2 * nheads_kv) * head_bytes * share, nheads * head_bytes * share
-        trips = 2 * sum(machine.all_to_all.time(size) for size in sent)
     nodes = group.nodes if route.keys.size == group.size else route.keys.size
-    received = (route.keys.size - 1) * 2 * nheads_kv * head_bytes
-    return products + trips + 3 * gather_time(received, route.keys.size, nodes, machine)
+    sizes = nheads * head_bytes, 2 * nheads_kv * head_bytes
+    return products + attention_exchange_time(route.heads.size, route.keys.size, nodes, *sizes, machine)
 
 
 def _pairs(table: SegmentTable) -> np.ndarray:
     """(ranks,) how many keys the queries of each rank see together."""
-    counts = []
-    for rank in range(table.ranks):
-        query = table.local(rank).positions
-        counts.append((query - table.document_starts[:, query] + 1).sum())
-    return np.array(counts)
+    starts, ends = (np.array([getattr(segment, edge) for segment in table.segments]) for edge in ("start", "end"))
+    counts = np.zeros(table.ranks)
+    for offsets in map(np.array, table.documents):
+        lengths = np.diff(offsets)
+        whole = np.cumsum([0, *(lengths * (lengths + 1) // 2)])
+
+        def before(tokens: np.ndarray, offsets=offsets, whole=whole) -> np.ndarray:
+            """Of all queries before each of `tokens`."""
+            document = np.searchsorted(offsets[1:], tokens)
+            inside = tokens - offsets[document]
+            return whole[document] + inside * (inside + 1) // 2
+
+        counts += np.bincount(table.holders, before(ends) - before(starts), table.ranks)
+    return counts
 
 
 def _over_gathered_keys(
     q: Tensor, k: Tensor, v: Tensor, route: _Route, table: SegmentTable, rank: int, gathered_bytes: int
 ) -> Tensor:
     """`_attend` to keys and values of all ranks of `route.keys`, of some heads after others."""
-    tokens = max(sum(table.local(rank).length for rank in ranks) for ranks in route.holders)
+    tokens = max(sum(table.lengths[rank] for rank in ranks) for ranks in route.holders)
     kv = torch.cat([k, v], dim=-1).transpose(0, 1)
     kv = F.pad(kv, (0, 0) * 3 + (0, tokens - len(kv)))
     head_bytes = route.keys.size * kv[:, :, :1].numel() * kv.element_size()

@@ -32,7 +32,7 @@ class Sight:
     @classmethod
     def of(cls, table: SegmentTable, holders: Sequence[Sequence[int]], mine: int) -> "Sight":
         """Queries of the ranks `holders[mine]`, and keys of all `holders`, padded to those that hold most."""
-        runs = [np.concatenate([table.local(rank).positions for rank in ranks]) for ranks in holders]
+        runs = [np.concatenate([table.positions(rank) for rank in ranks]) for ranks in holders]
         longest = max(map(len, runs))
         key = np.concatenate([np.pad(run, (0, longest - len(run)), constant_values=table.seqlen) for run in runs])
         query, row = runs[mine], np.arange(table.seqlen)

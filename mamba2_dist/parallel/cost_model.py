@@ -339,6 +339,19 @@ def all_reduce_time(size: float, ranks: int, nodes: int, machine: Machine) -> fl
     return machine.all_gather.latency_s + steps + 2 * (ranks - 1) / ranks * size / bytes_per_s
 
 
+def attention_exchange_time(
+    sharing: int, gathering: int, nodes: int, query_bytes: float, kv_bytes: float, machine: Machine
+) -> float:
+    """Seconds that heads and keys travel in both passes: heads between `sharing` ranks of a node, of queries, keys and
+    values there and of results back; then keys and values between `gathering` ranks on `nodes` nodes, gathered in both
+    passes and their gradients scattered. query_bytes, kv_bytes: of one rank's tokens."""
+    trips, share = 0.0, (sharing - 1) / sharing
+    if sharing > 1:
+        there, back = (machine.all_to_all.time(size * share) for size in (query_bytes + kv_bytes, query_bytes))
+        trips = 2 * (there + back)
+    return trips + 3 * gather_time((gathering - 1) * kv_bytes, gathering, nodes, machine)
+
+
 def choose(
     ranks: int,
     nodes: int,

@@ -166,6 +166,16 @@ class SegmentTable:
         """The most segments a rank holds."""
         return int(self.slots.max()) + 1
 
+    @cached_property
+    def lengths(self) -> list[int]:
+        """The tokens of every rank, of one row."""
+        return [sum(segment.end - segment.start for segment in held) for held in self.held]
+
+    def positions(self, rank: int) -> np.ndarray:
+        """(length,) the place in the whole row of each of `rank`'s tokens."""
+        held = self.held[rank]
+        return np.concatenate([np.arange(segment.start, segment.end) for segment in held] or [np.empty(0, np.int64)])
+
     def local(self, rank: int) -> "LocalSegments":
         """What `rank` holds; kept for the next layer."""
         if rank not in self._local:
@@ -252,7 +262,7 @@ class LocalSegments:
     @cached_property
     def positions(self) -> np.ndarray:
         """(length,) the place in the whole row of each local token."""
-        return np.concatenate([np.arange(s.start, s.end) for s in self.segments] or [np.empty(0, np.int64)])
+        return self.table.positions(self.rank)
 
     @cached_property
     def rows(self) -> Documents:

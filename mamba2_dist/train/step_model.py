@@ -15,6 +15,7 @@ from mamba2_dist.parallel.cost_model import (
     SCORES_SHARE,
     Machine,
     all_reduce_time,
+    attention_exchange_time,
     choose,
     exchange_time,
     gather_time,
@@ -290,22 +291,20 @@ def _keys(sizes: Sizes, scores: float) -> tuple[float, float]:
     cp, nodes, machine = sizes.split.cp, sizes.cp_nodes, sizes.machine
     if cp == 1 or not sizes.count("*"):
         return 0.0, 0.0
-    kv_bytes = sizes.tokens * sizes.kv * BF16
+    both = sizes.tokens * sizes.queries * BF16, sizes.tokens * sizes.kv * BF16
     in_node = cp // nodes
 
     def imbalance(ranks: int) -> float:
         # the last of contiguous ranks sees nearly all keys, twice the mean; all wait for it
         return scores * (ranks - 1) / ranks if sizes.split.layout == "contiguous" else 0.0
 
-    gathers = 3 * gather_time((cp - 1) * kv_bytes, cp, nodes, machine)
-    gathered = sizes.count("*") * gathers, imbalance(cp)
+    def travel(sharing: int, gathering: int) -> float:
+        return sizes.count("*") * attention_exchange_time(sharing, gathering, nodes, *both, machine)
+
+    gathered = travel(1, cp), imbalance(cp)
     if sizes.kv / 2 / sizes.model.attention.head_dim % in_node or sizes.split.attention == "all_gather":
         return gathered
-    queries = sizes.tokens * sizes.queries * BF16
-    share = (in_node - 1) / in_node
-    trips = 2 * (machine.all_to_all.time((queries + kv_bytes) * share) + machine.all_to_all.time(queries * share))
-    gathers = 3 * gather_time((nodes - 1) * kv_bytes, nodes, nodes, machine)
-    shared = sizes.count("*") * (trips * (in_node > 1) + gathers), imbalance(nodes)
+    shared = travel(in_node, nodes), imbalance(nodes)
     return shared if sizes.split.attention == "ulysses" else min(shared, gathered, key=sum)
 
 

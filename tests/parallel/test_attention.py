@@ -5,6 +5,7 @@ import itertools
 import shutil
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mamba2_dist import SegmentTable
 from mamba2_dist.parallel import gathered_again
-from mamba2_dist.parallel.attention import _flex, _route, attention_over_segments, check_attention
+from mamba2_dist.parallel.attention import _flex, _pairs, _route, attention_over_segments, check_attention
 from mamba2_dist.parallel.attention_mask import (
     Sight,
     SightOnDevice,
@@ -28,10 +29,10 @@ from mamba2_dist.parallel.attention_mask import (
 )
 from mamba2_dist.parallel.groups import Group
 from mamba2_dist.parallel.ledger import record_collectives
-from mamba2_dist.parallel.segments import Segment
 
 from ..distributed import run_ranks
 from ..splits import groups_of, make_table
+from ..strategies import documents, segments
 from ..tolerances import EXACT, RELATIVE, assert_close
 
 CPU = torch.device("cpu")
@@ -95,17 +96,6 @@ METHODS = [{"method": "all_gather"}, ONE_HEAD, {"method": "ulysses"}, {"method":
 SEQLEN = 40
 
 
-@st.composite
-def documents(draw):
-    """Rows of documents, some without tokens or with few among long ones."""
-    lengths = st.lists(st.one_of(st.integers(0, 5), st.integers(8, 30)), max_size=12)
-    rows = []
-    for row in draw(st.lists(lengths, min_size=1, max_size=3)):
-        offsets = [offset for offset in itertools.accumulate(row, initial=0) if offset < SEQLEN]
-        rows.append([*offsets, SEQLEN])
-    return rows
-
-
 # a failure ends the ranks, so looking for a smaller one would take minutes
 fuzzed = settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.generate])
 
@@ -114,7 +104,7 @@ fuzzed = settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.
 @pytest.mark.parametrize(("ranks", "nodes"), [(2, 1), (4, 1), (4, 2), (4, 4)])
 def test_every_method(ranks, nodes, layout):
     @fuzzed
-    @given(documents(), st.sampled_from([(4, 4), (8, 4)]))
+    @given(documents(SEQLEN), st.sampled_from([(4, 4), (8, 4)]))
     def check(rows, heads):
         run_ranks(ranks, _check, make_table(layout, SEQLEN, ranks, rows), nodes, heads, METHODS)
 
@@ -255,13 +245,6 @@ def test_checkpointed_and_twice_backward():
     run_ranks(2, _twice)
 
 
-def _table(cuts, owners, rows) -> SegmentTable:
-    edges = [0, *cuts, SEQLEN]
-    slots = [owners[:i].count(owner) for i, owner in enumerate(owners)]
-    segments = [Segment(*edges[i : i + 2], owners[i], slots[i]) for i in range(len(owners))]
-    return SegmentTable(segments, ranks=4, documents=rows)
-
-
 HOLDERS = [((0,), (1,), (2,), (3,)), ((0, 1), (2, 3)), ((0, 1, 2, 3),)]
 
 
@@ -275,15 +258,9 @@ def _listed(number: Tensor, indices: Tensor, columns: int) -> Tensor:
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    documents(),
-    st.lists(st.integers(0, SEQLEN), min_size=3, max_size=7).map(sorted),
-    st.lists(st.integers(0, 3), min_size=8, max_size=8),
-    st.sampled_from(HOLDERS),
-    st.sampled_from([4, 8, 64]),
-)
-def test_blocks_are_those_of_the_dense_mask(rows, cuts, owners, holders, block):
-    table = _table(cuts, owners[: len(cuts) + 1], rows)
+@given(documents(SEQLEN), segments(SEQLEN, 4), st.sampled_from(HOLDERS), st.sampled_from([4, 8, 64]))
+def test_blocks_are_those_of_the_dense_mask(rows, cut, holders, block):
+    table = SegmentTable(cut, ranks=4, documents=rows)
     for mine in range(len(holders)):
         sight = Sight.of(table, holders, mine)
         if len(sight.query) == 0:
@@ -401,9 +378,9 @@ def test_nothing_waits_for_the_device_and_little_is_kept():
     run = lambda table: attention_over_segments(  # noqa: E731
         q, k, v, table, group, method="all_gather", gathered_bytes=ranks * tokens * dim * 4
     )
-    for documents in ([0, 5000, 2**17], [0, 1, 70000, 2**17]):  # compiled for the first
-        table = SegmentTable.zigzag(2**17, ranks, documents=[documents])
-        torch.cuda.set_sync_debug_mode("default" if documents[1] == 5000 else "error")
+    for offsets in ([0, 5000, 2**17], [0, 1, 70000, 2**17]):  # compiled for the first
+        table = SegmentTable.zigzag(2**17, ranks, documents=[offsets])
+        torch.cuda.set_sync_debug_mode("default" if offsets[1] == 5000 else "error")
         try:
             run(table).sum().backward()
         finally:
@@ -416,3 +393,11 @@ def test_nothing_waits_for_the_device_and_little_is_kept():
     # k and v, each part's result and all of them together, and sums of exponentials
     size = tokens * dim * 2
     assert kept <= size * (2 * heads_kv + 2 * heads) * 1.1
+
+
+@given(documents(SEQLEN), segments(SEQLEN, 4))
+def test_pairs_by_counting(rows, cut):
+    """What `auto` weighs: each query sees its document up to itself."""
+    table = SegmentTable(cut, ranks=4, documents=rows)
+    ahead = np.arange(SEQLEN) - table.document_starts + 1
+    assert _pairs(table).tolist() == [ahead[:, table.positions(rank)].sum() for rank in range(4)]
