@@ -43,7 +43,8 @@ from mamba2_dist.train.trainer import Trainer
 
 SHAPES = [(2560, 1), (4096, 8)]  # d_model, ngroups
 PEER_SHAPES = [(2560, 8), (4096, 8)]
-BACKENDS = ("all_gather", "sliced", "hierarchical", "log_step", "ring", "symmetric_memory")
+# of one node; "hierarchical" is "sliced" there
+BACKENDS = ("all_gather", "sliced", "log_step", "ring", "symmetric_memory")
 DELAYED_RANKS = (64, 1024, 4096)
 LONG = {2**20: "none", 2**21: "inner"}  # recompute, by tokens of a sequence
 PARTS = ("backends", "mixer", "delays", "peer", "long")
@@ -128,15 +129,12 @@ def in_turn(calls: dict[str, Call], group: Group, options: argparse.Namespace, w
 def measure_backends(groups: ParallelGroups, options: argparse.Namespace):
     """Each backend alone, hidden by nothing: launched from Python, and as a CUDA graph, without the host."""
     table = SegmentTable.contiguous(groups.cp.size, groups.cp.size)
-    # on one node it is "sliced": here every GPU counts as a node
-    apart = ParallelGroups(cp=groups.cp.size, node_size=1)
     for nheads in (80, 128):
         state = torch.randn(1, 1, nheads, 64, 128, device="cuda")
         decay = torch.rand(1, 1, nheads, 1, 1, device="cuda")
 
         def call(backend: str, state=state, decay=decay) -> Call:
-            states = (apart if backend == "hierarchical" else groups).states
-            return lambda: state_scan.begin(state, decay, table, states, backend).wait()
+            return lambda: state_scan.begin(state, decay, table, groups.states, backend).wait()
 
         many = argparse.Namespace(rounds=options.rounds, calls=100)
         times = in_turn({backend: call(backend) for backend in BACKENDS}, groups.cp, many)
@@ -225,11 +223,13 @@ Span = tuple[str, float, float]
 
 
 def kernel_spans(call: Call) -> list[list[Span]]:
-    """Of each of `PROFILED` calls, which launch the same, name, start and end in us of every kernel and copy."""
+    """Of each of `PROFILED` calls, which launch the same, name, start and end in us of every kernel and copy; one that
+    runs beside the next call's first may be counted there."""
     call()
+    torch.cuda.synchronize()
+    dist.barrier()
+    torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        torch.cuda.synchronize()
-        dist.barrier()
         for _ in range(PROFILED):
             call()
         torch.cuda.synchronize()
@@ -238,9 +238,9 @@ def kernel_spans(call: Call) -> list[list[Span]]:
         for event in profile.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     ]
-    count, before = divmod(len(spans), PROFILED)  # the barrier's come before the calls'
-    spans = sorted(spans, key=lambda span: span[1])[before:]
-    return [spans[index * count : (index + 1) * count] for index in range(PROFILED)]
+    spans.sort(key=lambda span: span[1])
+    edges = [round(index * len(spans) / PROFILED) for index in range(PROFILED + 1)]
+    return [spans[start:end] for start, end in itertools.pairwise(edges)]
 
 
 def exposed_ms(calls: list[list[Span]], group: Group) -> tuple[float, float]:

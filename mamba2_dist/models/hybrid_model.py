@@ -25,7 +25,8 @@ Memory = list[Mamba2Cache | None]
 
 def check_split(config: HybridConfig, parallel: ParallelConfig, nodes: int = 1) -> None:
     """Raise ValueError unless the model can be split like this, with cp on so many nodes, as many ranks on each."""
-    ranks, part = tuple(range(parallel.cp)), Group("node", tuple(range(parallel.cp // nodes)))
+    ranks = tuple(range(parallel.cp))
+    part = Group("node", ranks[: parallel.cp // nodes]) if nodes > 1 else None
     groups = ParallelGroups.alone()
     groups.tp, groups.dp = Group("tp", tuple(range(parallel.tp))), Group("dp", tuple(range(parallel.dp or 1)))
     groups.cp, groups.states = (Group(name, ranks, node=part, nodes=nodes) for name in ("cp", "states"))

@@ -38,15 +38,14 @@ def backward_in_parts(loss: Callable[[int, Memory], Tensor], parts: int, memory:
     with torch.no_grad():
         for index in range(parts - 1):
             left = _leaves(entering[-1])
-            loss(index, left)
+            _check_scalar(loss(index, left), index)
             entering.append(_leaves(left))
     total, d_left = None, None
     for index in reversed(range(parts)):
         leaves = entering.pop()
         left = [None if cache is None else Mamba2Cache(cache.conv, cache.ssm) for cache in leaves]
         value = loss(index, left)
-        if value.ndim:
-            raise ValueError(f"the loss of part {index} must be a scalar, got shape {tuple(value.shape)}; sum it")
+        _check_scalar(value, index)
         if all(map(operator.is_, _tensors(left), _tensors(leaves))):
             raise ValueError(
                 f"the loss of part {index} left its memory as it was; hand it to a model with Mamba-2 layers"
@@ -61,6 +60,11 @@ def backward_in_parts(loss: Callable[[int, Memory], Tensor], parts: int, memory:
         total = value.detach() if total is None else total + value.detach()
     assert total is not None
     return total
+
+
+def _check_scalar(loss: Tensor, index: int) -> None:
+    if loss.ndim:
+        raise ValueError(f"the loss of part {index} must be a scalar, got shape {tuple(loss.shape)}; sum it")
 
 
 def _apart(memory: Memory) -> Memory:

@@ -23,7 +23,7 @@ AttentionMethod = Literal["auto", "all_gather", "ulysses"]
 
 GATHERED_BYTES = 2**30
 MOST_SHAPES = 2**16
-"""Of attention in a process: as many as anybody waits for."""
+"""That FlexAttention may be compiled for in a process: more than anybody waits for."""
 
 
 def attention_over_segments(
@@ -146,17 +146,18 @@ def _pairs(table: SegmentTable) -> np.ndarray:
     starts, ends = (np.array([getattr(segment, edge) for segment in table.segments]) for edge in ("start", "end"))
     counts = np.zeros(table.ranks)
     for offsets in map(np.array, table.documents):
-        lengths = np.diff(offsets)
-        whole = np.cumsum([0, *(lengths * (lengths + 1) // 2)])
-
-        def before(tokens: np.ndarray, offsets=offsets, whole=whole) -> np.ndarray:
-            """Of all queries before each of `tokens`."""
-            document = np.searchsorted(offsets[1:], tokens)
-            inside = tokens - offsets[document]
-            return whole[document] + inside * (inside + 1) // 2
-
-        counts += np.bincount(table.holders, before(ends) - before(starts), table.ranks)
+        seen = _seen_before(ends, offsets) - _seen_before(starts, offsets)
+        counts += np.bincount(table.holders, seen, table.ranks)
     return counts
+
+
+def _seen_before(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """How many keys all queries before each of `tokens` see, in a row of documents."""
+    lengths = np.diff(offsets)
+    whole = np.cumsum([0, *(lengths * (lengths + 1) // 2)])
+    document = np.searchsorted(offsets[1:], tokens)
+    inside = tokens - offsets[document]
+    return whole[document] + inside * (inside + 1) // 2
 
 
 def _over_gathered_keys(

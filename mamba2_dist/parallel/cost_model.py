@@ -67,7 +67,8 @@ class Machine:
     all_to_all: Link
     """An all-to-all in a node."""
     peer_memory: Link | None
-    """Reading another GPU's memory; None: it cannot be done."""
+    """An exchange through another GPU's memory but for its barriers: copies into shared memory, between and from it;
+    None: it cannot be done."""
     barrier_s: float
     """A barrier of GPUs that read each other's memory."""
     rail: Link
@@ -163,7 +164,7 @@ class Traffic:
     bytes: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operation:
     """One operation of `ranks` ranks on `nodes` nodes; every rank waits for it before the next. messages, bytes:
     received; of each rank where they differ."""

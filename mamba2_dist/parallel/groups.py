@@ -74,11 +74,11 @@ class ParallelGroups:
 
     tp, cp, pp: sizes; dp: size, or None for whatever the world leaves.
     node_size: processes of a node, which are neighbours; None: as torchrun says, or all.
-    machine: the links by which it is chosen how states and heads travel, as `mamba2-dist calibrate` measures them; that
-        of rank 0, as all must choose the same.
+    machine: the links by which it is chosen how states and heads travel over cp, as `mamba2-dist calibrate` measures
+        them; that of rank 0, as all must choose the same.
     device_type: "cpu" or "cuda"; None: "cuda" where there is one and the processes do not speak gloo alone.
     Without `torch.distributed` every size must be 1. Raises ValueError for sizes below 1 or that do not fill the world,
-    and where nodes have different sizes.
+    and, with cp above 1, for nodes of different sizes.
     """
 
     tp: Group

@@ -140,7 +140,7 @@ def state_scan(state: Tensor, decay: Tensor, table: SegmentTable, group: Group, 
     wider. decay: the same number of axes, of size 1 where it is shared: the share of an entering state that each
     segment leaves. Returns (segments, batch, nheads, ...) like `state`; zeros enter the first segment.
 
-    backend: one of those in `cost_model.py`, which says what each sends; `symmetric_memory` is for GPUs of one node
+    backend: one of those in `cost_model.py`, which says what comes by each; `symmetric_memory` is for GPUs of one node
     that read each other's memory. `auto` takes the cheapest of the others by the cost model.
 
     Raises ValueError for an unknown backend, a table of another number of ranks, other shapes or dtypes, `hierarchical`

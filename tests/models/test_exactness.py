@@ -67,6 +67,16 @@ def test_mixer(tp, cp, scan, ngroups, layout):
         run_ranks(tp * cp, _mixer, tp, cp, ngroups, layout, packed, scan, False)
 
 
+def _mixer_by_every_scan(layout):
+    for scan in SCANS:
+        _mixer(1, 8, 2, layout, True, scan, False)
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "uneven"])
+def test_mixer_on_eight_ranks(layout):
+    run_ranks(8, _mixer_by_every_scan, layout)
+
+
 @pytest.mark.parametrize("ngroups", [1, 2, 8])
 @pytest.mark.parametrize(("tp", "cp"), [(2, 1), (4, 1), (2, 2)])
 def test_mixer_sequence_parallel(tp, cp, ngroups):

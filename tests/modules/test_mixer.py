@@ -15,7 +15,6 @@ from mamba2_dist.parallel.cost_model import traffic
 from mamba2_dist.parallel.ledger import Ledger, record_collectives
 
 from ..distributed import run_ranks
-from ..models.test_exactness import _mixer as _exact_mixer
 from ..splits import SCANS, groups_of
 from ..tolerances import EXACT, assert_close
 
@@ -171,16 +170,6 @@ def test_the_busiest_ranks_ledger_equals_the_formula(ranks, node_size):
         moved = {backend: max(ledgers[backend, "contiguous"][0][2] for ledgers in found) for backend in EXCHANGES}
         assert moved["sliced"] <= 2.1 * state
         assert moved["all_gather"] == 7 * (state + decay)
-
-
-def _exact_by_every_scan(layout: str):
-    for scan in SCANS:
-        _exact_mixer(1, 8, 2, layout, True, scan, False)
-
-
-@pytest.mark.parametrize("layout", ["zigzag", "uneven"])
-def test_eight_ranks(layout):
-    run_ranks(8, _exact_by_every_scan, layout)
 
 
 def test_groups_that_do_not_fit_are_refused():
