@@ -49,9 +49,7 @@ def calibrate(config: CalibrateConfig) -> int:
 
 
 def _check_writable(path: Path) -> None:
-    """Raise ValueError unless a file can be made at `path`, whose folder is made."""
-    if path.is_dir():
-        raise ValueError(f"out ({path}) must be a file, and is a folder; name one in it")
+    """Raise ValueError unless a file can be made beside `path`, whose folder is made."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
