@@ -12,7 +12,6 @@ can be imported. Every side is timed in one process, in turn. With --plot draws 
 
 import argparse
 import gc
-import itertools
 import json
 import os
 import statistics
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from kernel_spans import communication_ms, differences, kernel_spans
 from layer import make_row
 from mamba2_dist.kernels.conv1d import causal_conv1d
 from mamba2_dist.kernels.norm import gated_rmsnorm
@@ -189,7 +189,7 @@ def measure_mixer(groups: ParallelGroups, options: argparse.Namespace):
         row = make_row("mixer cp2 vs half cp1", case, times["cut"], share, name, "ms")
         yield row | {"over": times["cut"] / share}
         kernels = {side: kernel_spans(call) for side, call in calls.items()}
-        exposed, wire = exposed_ms(kernels["cut"], groups.cp)
+        exposed, wire = (most(ms, groups.cp) for ms in communication_ms(kernels["cut"]))
         row = make_row("mixer exposed communication", case, exposed, None, None, "ms")
         yield row | {"over": exposed / times["cut"], "communication": wire}
         if options.profile:
@@ -216,67 +216,6 @@ def check(whole, u, dy, cut, local_u, local_dy, table, groups) -> None:
 
 def distance(actual: Tensor, expected: Tensor) -> float:
     return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
-
-
-PROFILED = 9  # calls
-Span = tuple[str, float, float]
-
-
-def kernel_spans(call: Call) -> list[list[Span]]:
-    """Of each of `PROFILED` calls, which launch the same, name, start and end in us of every kernel and copy; one that
-    runs beside the next call's first may be counted there."""
-    call()
-    torch.cuda.synchronize()
-    dist.barrier()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(PROFILED):
-            call()
-        torch.cuda.synchronize()
-    spans = [
-        (event.name, event.time_range.start, event.time_range.end)
-        for event in profile.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-    ]
-    spans.sort(key=lambda span: span[1])
-    edges = [round(index * len(spans) / PROFILED) for index in range(PROFILED + 1)]
-    return [spans[start:end] for start, end in itertools.pairwise(edges)]
-
-
-def exposed_ms(calls: list[list[Span]], group: Group) -> tuple[float, float]:
-    """Time of communication kernels beside which nothing computes, and all of it: ms a call, medians over calls, of the
-    slowest rank. Ranks wait in these kernels for one another too."""
-    times = []
-    for kernels in calls:
-        talking = [(start, end) for name, start, end in kernels if "nccl" in name.lower()]
-        working = [(start, end) for name, start, end in kernels if "nccl" not in name.lower()]
-        times.append((total_length(talking + working) - total_length(working), total_length(talking)))
-    return tuple(most(statistics.median(each) / 1e3, group) for each in zip(*times, strict=True))
-
-
-def differences(whole_calls: list, cut_calls: list, ranks: int, count: int = 14) -> str:
-    """The kernels whose time differs most from their share of the whole step."""
-    whole, cut = (list(itertools.chain.from_iterable(calls)) for calls in (whole_calls, cut_calls))
-    totals: dict[str, list[float]] = {}
-    for side, (kernels, scale) in enumerate(((whole, ranks), (cut, 1))):
-        for name, start, end in kernels:
-            totals.setdefault(name, [0.0, 0.0])[side] += (end - start) / scale / PROFILED / 1e3
-    most = sorted(totals, key=lambda name: -abs(totals[name][1] - totals[name][0]))[:count]
-    lines = [f"{name[:70]:70} {totals[name][0]:8.3f} {totals[name][1]:8.3f}" for name in most]
-    sums = [sum(each[side] for each in totals.values()) for side in (0, 1)]
-    gaps = [(kernels[-1][2] - kernels[0][1]) / PROFILED / 1e3 / scale for kernels, scale in ((whole, ranks), (cut, 1))]
-    lines.append(f"{'all kernels':70} {sums[0]:8.3f} {sums[1]:8.3f}")
-    lines.append(f"{'from first to last':70} {gaps[0]:8.3f} {gaps[1]:8.3f}")
-    return "\n".join(lines)
-
-
-def total_length(spans: list[tuple[float, float]]) -> float:
-    """Of the union of intervals."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(end - max(start, reached), 0.0)
-        reached = max(reached, end)
-    return total
 
 
 class Delayed(ProcessGroups):

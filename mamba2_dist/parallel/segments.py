@@ -45,7 +45,10 @@ class SegmentTable:
         documents: Sequence[Sequence[int]] | None = None,
         carried: Sequence[bool] | None = None,
     ):
+        check_integer("ranks", ranks)
         check_positive("ranks", ranks)
+        if batch is not None:
+            check_integer("batch", batch)
         self.segments = tuple(segments)
         self.ranks = ranks
         check_positive("the number of segments", len(self.segments))

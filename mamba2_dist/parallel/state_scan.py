@@ -79,7 +79,7 @@ def begin(
         )
     if table.ranks != group.size:
         raise ValueError(f"the segment table is made for {table.ranks} ranks, {group.name} has {group.size}")
-    _check_elements(state, decay, int((table.holders == group.rank).sum()))
+    _check_elements(state, decay, len(table.held[group.rank]))
     if len(table.segments) == 1:
         return Pending(torch.zeros_like(state))
     if backend == "auto":

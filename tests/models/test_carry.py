@@ -231,6 +231,7 @@ def test_steps_under_autocast_leave_a_memory():
     cache = mixer.new_cache(1)
     with torch.autocast("cpu", torch.bfloat16):
         mixer.step(u, cache)
+    assert {cache.conv.dtype, cache.ssm.dtype} == {torch.float32}
     mixer(u, None, cache)
 
 

@@ -76,6 +76,8 @@ def test_shards_rejoin():
         (lambda: SegmentTable.contiguous(8, 2, documents=[]), "batch must be above 0"),
         (lambda: SegmentTable.contiguous(8, 0), "ranks must be above 0"),
         (lambda: SegmentTable.contiguous(8, 2.0), "ranks must be an integer, got 2.0"),
+        (lambda: SegmentTable([Segment(0, 4, 0, 0)], ranks=1.0), "ranks must be an integer, got 1.0"),
+        (lambda: SegmentTable.contiguous(8, 2, batch=1.5), "batch must be an integer, got 1.5"),
         (lambda: SegmentTable.contiguous(8.5, 2), "seqlen must be an integer, got 8.5"),
         (lambda: SegmentTable.contiguous(-4, 2), "seqlen must not be below 0, got -4"),
         (lambda: SegmentTable.zigzag("8", 2), "seqlen must be an integer, got '8'"),
