@@ -35,6 +35,15 @@ class ChunkLayout:
     unranking: Tensor  # (documents,) the inverse of `ranking`
 
 
+@dataclass(frozen=True)
+class Openings:
+    """The first tokens of some documents, packed."""
+
+    document: Tensor  # (openings,)
+    token: Tensor  # (tokens of the openings,)
+    documents: "Documents"  # they themselves
+
+
 class Documents:
     """Documents packed end to end in one flat row of tokens; a document may be empty.
 
@@ -154,6 +163,17 @@ class Documents:
 
         return self._index(("tails", count), device, build)
 
+    def openings(self, numbers: np.ndarray, count: int, device: torch.device) -> Openings:
+        """The first `count` tokens of documents, or all that they have."""
+        key = "openings", numbers.tobytes(), count, device
+        return self._kept.get(key, lambda: self._open(numbers, count, device))
+
+    def _open(self, numbers: np.ndarray, count: int, device: torch.device) -> Openings:
+        lengths = np.minimum(self.lengths[numbers], count)
+        ends = np.cumsum(lengths)
+        token = np.arange(lengths.sum()) + np.repeat(self.starts[numbers] - ends + lengths, lengths)
+        return Openings(to_device(numbers, device), to_device(token, device), Documents([0, *ends.tolist()]))
+
     def chunks(self, chunk_size: int, device: torch.device) -> ChunkLayout:
         """The layout of these documents in chunks of `chunk_size` tokens."""
         return self._kept.get(("chunks", chunk_size, device), lambda: self._lay_out(chunk_size, device))
@@ -185,6 +205,17 @@ class Documents:
     def _index(self, name: Hashable, device: torch.device, build: Callable[[], Any]) -> Tensor:
         """An int64 tensor made once for this batch and kept for the next layer."""
         return self._kept.get((name, device), lambda: to_device(np.asarray(build(), dtype=np.int64), device))
+
+
+def check_numbers(name: str, numbers: Sequence[int] | np.ndarray, ndocuments: int) -> None:
+    """Raise ValueError unless `numbers` are those of documents, each at most once."""
+    if len(numbers) == 0:
+        return
+    ordered = np.sort(numbers)
+    if (ordered[1:] == ordered[:-1]).any():
+        raise ValueError(f"{name} must name each document at most once, got {list(numbers)[:8]}")
+    if ordered[0] < 0 or ordered[-1] >= ndocuments:
+        raise ValueError(f"{name} must name documents from 0 to {ndocuments - 1}, got {ordered[0]} to {ordered[-1]}")
 
 
 def rows_of_states(documents: Tensor | None, ndocuments: int) -> np.ndarray:

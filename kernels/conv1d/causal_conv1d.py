@@ -64,7 +64,7 @@ def causal_conv1d_split(
 def _convolve(
     x, weight, bias, sizes, initial_state, seq_idx, cu_seqlens, activation, return_final_state, backend
 ) -> tuple[list[Tensor], Tensor | None]:
-    _check(x, weight, bias, sizes, initial_state, seq_idx, cu_seqlens, activation)
+    check(x, weight, bias, sizes, initial_state, seq_idx, cu_seqlens, activation)
     channels = sum(sizes)
     batch, seqlen, _ = x.shape
     triton = takes_triton(backend, x)
@@ -114,7 +114,7 @@ def _convolve_in_torch(x, weight, bias, initial_state, documents, activation) ->
     return y.to(x.dtype).view(x.shape), final.to(x.dtype)
 
 
-def _check(x, weight, bias, sizes, initial_state, seq_idx, cu_seqlens, activation) -> None:
+def check(x, weight, bias, sizes, initial_state, seq_idx, cu_seqlens, activation) -> None:
     check_ndim("x", x, "(batch, seqlen, channels)")
     channels = sum(sizes)
     if not 1 <= len(sizes) <= 3 or min(sizes) < 0 or channels > x.shape[-1]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common.backend import Backend, takes_triton
-from ..common.documents import Documents
+from ..common.documents import Documents, check_numbers
 from ..common.transfer import to_device
 from .chunked import ChunkedSpan
 from .combined import check, check_sizes
@@ -49,7 +49,7 @@ class _Span:
         check(x, dt, A, B, C, chunk_size, D, None, dt_bias, None, documents, dt_limit)
         documents = Documents.of(documents, x.shape[1])
         for name, numbers in (("enters", enters), ("leaves", leaves)):
-            _check_numbers(name, numbers, len(documents))
+            check_numbers(name, numbers, len(documents))
         tensors = tuple(tensor if tensor is None else tensor.detach() for tensor in (x, dt, A, B, C, D, dt_bias))
         self.steps: Any
         if takes_triton(backend, x, lambda: check_sizes(x, B)):
@@ -205,13 +205,3 @@ class _InTorch:
 
 def _on_host(numbers: Numbers) -> Tensor:
     return torch.as_tensor(numbers, dtype=torch.int64, device="cpu")
-
-
-def _check_numbers(name: str, numbers: Numbers, ndocuments: int) -> None:
-    if len(numbers) == 0:
-        return
-    ordered = np.sort(numbers)
-    if (ordered[1:] == ordered[:-1]).any():
-        raise ValueError(f"{name} must name each document at most once, got {list(numbers)[:8]}")
-    if ordered[0] < 0 or ordered[-1] >= ndocuments:
-        raise ValueError(f"{name} must name documents from 0 to {ndocuments - 1}, got {ordered[0]} to {ordered[-1]}")

@@ -7,7 +7,6 @@ which every rank has, goes on from the row's last token.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from mamba2_dist.kernels.common.transfer import to_device
 
-from .collectives import broadcast_over, replicate
+from .collectives import Arriving, begin_broadcast, replicate
 from .groups import Group
 from .segments import SegmentTable
 
@@ -34,12 +33,17 @@ class _LastInputs:
         """(batch * (d_conv - 1), channels), from (tokens, channels) and (pieces * (d_conv - 1), channels)."""
         return torch.cat([inputs.index_select(0, self.tokens), halo[self.before]]).index_select(0, self.order)
 
-    def give_back(self, d_taken: Tensor, d_inputs: Tensor, d_halo: Tensor) -> Tensor:
-        """Add the gradients of what was taken to those of inputs, in place; and of halo, which is returned."""
+    def add_to_inputs(self, d_taken: Tensor, d_inputs: Tensor) -> None:
+        """The gradients of what was taken, in place."""
+        d_inputs.index_add_(0, self.tokens, self._parted(d_taken)[0])
+
+    def add_to_halo(self, d_taken: Tensor, d_halo: Tensor) -> Tensor:
+        """The same of the halo's rows, (pieces, d_conv - 1, channels); a copy."""
+        return d_halo.flatten(0, 1).index_add(0, self.before, self._parted(d_taken)[1]).view_as(d_halo)
+
+    def _parted(self, d_taken: Tensor) -> tuple[Tensor, ...]:
         both = torch.empty_like(d_taken).index_copy_(0, self.order, d_taken)
-        d_tokens, d_before = both.split([len(self.tokens), len(self.before)])
-        d_inputs.index_add_(0, self.tokens, d_tokens)
-        return d_halo.index_add(0, self.before, d_before)
+        return both.split([len(self.tokens), len(self.before)])
 
 
 class Carry:
@@ -67,7 +71,7 @@ class Carry:
         )
         self.last_inputs = self.final_states = conv.new_empty(0)
         """What this rank knows of what leaves."""
-        self._left: Callable[[], Tensor]
+        self._left: Arriving
 
     def find_last_inputs(self, device: torch.device) -> _LastInputs | None:
         """None: another rank has them."""
@@ -114,11 +118,11 @@ class Carry:
         if self.closing is not None:
             parts = final_states.detach(), self.last_inputs.detach()
             torch.cat([part.to(packed.dtype).flatten() for part in parts], out=packed)
-        self._left = broadcast_over(packed, self.group, self.table.closing.rank)
+        self._left = begin_broadcast(packed, self.group, self.table.closing.rank)
 
     def left(self) -> tuple[Tensor, Tensor]:
         """What leaves the rows, like conv and ssm."""
-        ssm, conv = self._left().split([math.prod(self.ssm.shape), math.prod(self.conv.shape)])
+        ssm, conv = self._left.wait().split([math.prod(self.ssm.shape), math.prod(self.conv.shape)])
         ssm, conv = ssm.view(self.ssm.shape), conv.view(self.conv.shape).to(self.conv.dtype)
         if self.differentiable:
             ssm, conv = _Left.apply(ssm, self.final_states), _Left.apply(conv, self.last_inputs)

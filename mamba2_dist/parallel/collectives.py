@@ -18,7 +18,7 @@ Second derivatives are refused: an adjoint is no function of autograd.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -48,18 +48,25 @@ def gather_over(tensor: Tensor, group: Group) -> Tensor:
     return _all_gather(tensor.detach()[None], group, 0)
 
 
-def broadcast_over(tensor: Tensor, group: Group, source: int) -> Callable[[], Tensor]:
-    """Begins to send `source`'s tensor to every rank, outside autograd, into theirs; what waits for it and gives it."""
+class Arriving:
+    """A tensor on its way."""
+
+    def __init__(self, tensor: Tensor, work: dist.Work | None = None):
+        self.tensor, self.work = tensor, work
+
+    def wait(self) -> Tensor:
+        """The host does not wait for a GPU."""
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
+
+
+def begin_broadcast(tensor: Tensor, group: Group, source: int) -> Arriving:
+    """Sends `source`'s tensor to every rank, outside autograd, into theirs."""
     if group.size == 1:
-        return lambda: tensor
+        return Arriving(tensor)
     ledger.enter("broadcast", group, *((0, 0) if group.rank == source else (1, tensor.nbytes)))
-    work = dist.broadcast(tensor, group.ranks[source], group=group.handle, async_op=True)
-
-    def wait() -> Tensor:
-        work.wait()
-        return tensor
-
-    return wait
+    return Arriving(tensor, dist.broadcast(tensor, group.ranks[source], group=group.handle, async_op=True))
 
 
 def all_to_all_over(tensor: Tensor, group: Group) -> Tensor:
@@ -74,15 +81,26 @@ def all_to_all_over(tensor: Tensor, group: Group) -> Tensor:
 
 def rows_over(tensor: Tensor, group: Group, sent: Sequence[int], received: Sequence[int]) -> Tensor:
     """`all_to_all` outside autograd."""
+    return _all_to_all(tensor, group, sent, received, False).wait()
+
+
+def begin_rows(tensor: Tensor, group: Group, sent: Sequence[int], received: Sequence[int]) -> Arriving:
+    """`rows_over`, beside what follows."""
+    return _all_to_all(tensor, group, sent, received, True)
+
+
+def _all_to_all(tensor, group, sent, received, async_op) -> Arriving:
     if group.size == 1:
-        return tensor
+        return Arriving(tensor)
     output = tensor.new_empty(sum(received), *tensor.shape[1:])
     if ledger.is_open():
         theirs = [rows for rank, rows in enumerate(received) if rank != group.rank]
         row = tensor.element_size() * math.prod(tensor.shape[1:])
         ledger.enter("all_to_all", group, sum(rows > 0 for rows in theirs), sum(theirs) * row)
-    dist.all_to_all_single(output, tensor.contiguous(), list(received), list(sent), group=group.handle)
-    return output
+    work = dist.all_to_all_single(
+        output, tensor.contiguous(), list(received), list(sent), group=group.handle, async_op=async_op
+    )
+    return Arriving(output, work)
 
 
 def _all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType) -> Tensor:

@@ -1,18 +1,17 @@
 """The inputs just before a segment that its convolution needs, fetched from whoever holds them."""
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mamba2_dist.kernels.common.transfer import to_device
 
-from .carry import Carry
-from .collectives import rows_over
+from .collectives import Arriving, begin_rows
 from .groups import Group
 from .segments import Segment, SegmentTable
 
@@ -27,64 +26,66 @@ class HaloPlan:
     target: Tensor  # (sum of received,) piece * (width - 1) + place of each row received
     remembered: Tensor  # row * (width - 1) + place of each row of the batch before that belongs here
     places: Tensor  # where it does, as in `target`
-    pieces: tuple[int, int]  # pieces of this rank, and width - 1
+    entered: np.ndarray  # the pieces that any of these precede
+    shape: tuple[int, int]  # pieces of this rank, and width - 1
     needed: bool  # whether any rank of the group fetches anything
 
 
-def conv_halo(
-    x: Tensor, channels: int, width: int, table: SegmentTable, group: Group, carry: Carry | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """x for a convolution of `width` and what precedes each piece in its document, (pieces, width - 1, channels), zeros
-    where nothing does; None where nothing precedes any piece of any rank.
+class Halo:
+    """What precedes each piece of this rank in its document, (pieces, width - 1, channels), zeros where nothing does.
 
-    x: (batch, seqlen/cp, at least channels), of which the first are convolved. One all-to-all over `group` of exactly
-    the rows needed, from as many segments back as it takes. The convolution must be all that reads the x returned: its
-    gradient is the memory to which those of the rows are added. carry: has the last inputs of the batch before, and
-    takes those of this one; needed where rows are carried.
+    Each way one all-to-all over `group` of exactly the rows needed, from as many segments back as it takes. Nothing
+    here is recorded by autograd.
     """
-    plan = _plan(table, group.rank, width - 1, x.device)
-    if carry is None:
-        assert not table.carried.any()
-        return _Halo.apply(x, channels, plan, group, None, None)[:2] if plan.needed else (x, None)
-    x, halo, carry.last_inputs = _Halo.apply(x, channels, plan, group, carry, carry.conv)
-    return x, halo
 
+    def __init__(self, table: SegmentTable, group: Group, width: int, device: torch.device):
+        self.plan, self.group = _plan(table, group.rank, width - 1, device), group
 
-class _Halo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, channels, plan, group, carry, earlier):
-        inputs = x.flatten(0, 1)[:, :channels]
-        halo = x.new_zeros(math.prod(plan.pieces), channels)
-        if plan.needed:
-            rows = inputs.index_select(0, plan.source)
-            halo.index_copy_(0, plan.target, rows_over(rows, group, plan.sent, plan.received))
-        if len(plan.remembered):
+    def fetch(self, inputs: Tensor, earlier: Tensor | None = None) -> tuple[Tensor, Callable[[], None]]:
+        """The halo, and what waits for the rows that now set out and writes them into it.
+
+        inputs: (tokens, channels), this rank's of all rows, packed. earlier: (batch, width - 1, channels), the last
+        inputs of the batch before.
+        """
+        plan = self.plan
+        halo = inputs.new_zeros(math.prod(plan.shape), inputs.shape[1])
+        if earlier is not None and len(plan.remembered):
             rows = earlier.flatten(0, 1).index_select(0, plan.remembered)
             halo.index_copy_(0, plan.places, rows.to(halo.dtype))
-        last = None if carry is None else carry.find_last_inputs(x.device)
-        last_inputs = x.new_empty(0) if last is None else last.take(inputs, halo)
-        ctx.channels, ctx.plan, ctx.group = channels, plan, group
-        ctx.last = last if carry is not None and carry.differentiable else None
-        ctx.earlier = None if earlier is None else (earlier.shape, earlier.dtype)
-        return x.view_as(x), halo.unflatten(0, plan.pieces) if plan.needed else None, last_inputs
+        arriving = self._begin(inputs, plan.source, plan.sent, plan.received)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dx, d_halo, d_last_inputs):
-        plan, dx = ctx.plan, dx.contiguous()
-        d_inputs = dx.flatten(0, 1)[:, : ctx.channels]
-        d_halo = dx.new_zeros(math.prod(plan.pieces), ctx.channels) if d_halo is None else d_halo.flatten(0, 1)
-        if ctx.last is not None:
-            d_halo = ctx.last.give_back(d_last_inputs, d_inputs, d_halo)
-        if plan.needed:
-            rows = rows_over(d_halo.index_select(0, plan.target), ctx.group, plan.received, plan.sent)
-            d_inputs.index_add_(0, plan.source, rows)
-        d_earlier = None
-        if ctx.needs_input_grad[5]:
-            shape, dtype = ctx.earlier
-            d_earlier = d_halo.new_zeros(shape, dtype=dtype)
-            d_earlier.flatten(0, 1).index_add_(0, plan.remembered, d_halo.index_select(0, plan.places).to(dtype))
-        return dx, None, None, None, None, d_earlier
+        def arrive() -> None:
+            if arriving is not None:
+                halo.index_copy_(0, plan.target, arriving.wait())
+
+        return halo.unflatten(0, plan.shape), arrive
+
+    def give_back(self, d_halo: Tensor) -> Callable[[Tensor], None]:
+        """Sends the gradients of fetched rows back; what waits for those of this rank's tokens and adds them, in place,
+        to (tokens, channels)."""
+        plan = self.plan
+        arriving = self._begin(d_halo.flatten(0, 1), plan.target, plan.received, plan.sent)
+
+        def add(d_inputs: Tensor) -> None:
+            if arriving is not None:
+                d_inputs.index_add_(0, plan.source, arriving.wait())
+
+        return add
+
+    def earlier_gradient(self, d_halo: Tensor, earlier: Tensor) -> Tensor:
+        """That of the last inputs of the batch before, like them."""
+        plan, rows = self.plan, d_halo.flatten(0, 1).index_select(0, self.plan.places)
+        return (
+            torch.zeros_like(earlier)
+            .flatten(0, 1)
+            .index_add(0, plan.remembered, rows.to(earlier.dtype))
+            .view_as(earlier)
+        )
+
+    def _begin(self, rows: Tensor, index: Tensor, sent, received) -> Arriving | None:
+        if not self.plan.needed:
+            return None
+        return begin_rows(rows.index_select(0, index), self.group, sent, received)
 
 
 def _plan(table: SegmentTable, rank: int, before: int, device: torch.device) -> HaloPlan:
@@ -111,10 +112,11 @@ def _make_plan(table: SegmentTable, rank: int, before: int, device: torch.device
                 place = local.starts[holder.slot] + token - holder.start
                 sent[receiver.rank].append(row * local.length + place)
     flat = lambda lists: to_device(np.array([i for part in lists for i in part], np.int64), device)  # noqa: E731
+    entered = {place // before for place in itertools.chain(places, *received)}
     needed = before > 0 and bool(table.continued.any())  # all ranks must agree
     return HaloPlan(
-        tuple(map(len, sent)), tuple(map(len, received)),
-        flat(sent), flat(received), flat([remembered]), flat([places]), (len(local.documents), before), needed,
+        tuple(map(len, sent)), tuple(map(len, received)), flat(sent), flat(received), flat([remembered]),
+        flat([places]), np.array(sorted(entered), np.int64), (len(local.documents), before), needed,
     )  # fmt: skip
 
 

@@ -1,13 +1,12 @@
 """The convolution of a cut sequence whose inputs' gradients have the bits of one device.
 
-The gradient of a segment's last inputs is a sum over outputs of other ranks too. `conv1d_over_segments` adds what those
-ranks have summed and rounded; here the outputs' gradients come instead, and the sum runs over them as everywhere else.
+The gradient of a segment's last inputs is a sum over outputs of other ranks too. `Convolution` adds what those ranks
+have summed and rounded; here the outputs' gradients come instead, and the sum runs over them as everywhere else.
 """
 
+import functools
 import itertools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,63 +15,37 @@ from torch.autograd.function import once_differentiable
 
 from mamba2_dist.kernels.common.documents import Documents
 from mamba2_dist.kernels.common.transfer import to_device
-from mamba2_dist.kernels.conv1d import causal_conv1d, causal_conv1d_split
+from mamba2_dist.kernels.conv1d import causal_conv1d
 
-from .carry import Carry
-from .groups import Group
-from .halo import conv_halo
-from .segments import LocalSegments, SegmentTable
-
-
-def serial_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sizes: Sequence[int],
-    table: SegmentTable,
-    group: Group,
-    *,
-    activation: Literal["silu"] | None = None,
-    carry: Carry | None = None,
-) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
-    """As `conv1d_over_segments`; the backward pass convolves again."""
-    # through the halo pass only gradients of what is carried
-    passed = carry is not None and carry.differentiable
-    with torch.set_grad_enabled(passed):
-        opened, halo = conv_halo(x, sum(sizes), weight.shape[1], table, group, carry)
-    x = opened if passed else x
-    pieces = table.local(group.rank).documents
-
-    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, halo: Tensor | None) -> list[Tensor]:
-        parts = causal_conv1d_split(
-            x.flatten(0, 1)[None], weight, bias, sizes, initial_state=halo, cu_seqlens=pieces, activation=activation
-        )
-        return [part.view(*x.shape[:2], part.shape[2]) for part in parts]
-
-    parts = _SerialConv.apply(x, weight, bias, halo, convolve, activation, table, group)
-    return list(parts), lambda: convolve(x, weight, bias, halo)
+from .conv import Convolution, conv1d_over_segments
+from .halo import Halo
+from .segments import LocalSegments
 
 
-class _SerialConv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, halo, convolve, activation, table, group):
-        ctx.save_for_backward(x, weight, bias, halo)
-        ctx.convolve, ctx.activation, ctx.table, ctx.group = convolve, activation, table, group
-        return tuple(convolve(x, weight, bias, halo))
+class SerialConvolution(Convolution):
+    """`Convolution` with those gradients."""
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *d_parts):
-        tensors = ctx.saved_tensors
-        leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        with torch.enable_grad():
-            found = iter(torch.autograd.grad(ctx.convolve(*leaves), wanted, d_parts))
-        dx, d_weight, d_bias, d_halo = (None if leaf is None else next(found) for leaf in leaves)
-        if ctx.table.backwards.continued.any():
-            d_inputs, d_halo = _gradients(ctx, *tensors, d_parts[:-1])
-            dx = torch.cat([d_inputs, d_parts[-1]], dim=-1)
-        return dx, d_weight, d_bias, d_halo, None, None, None, None
+    def backward(ctx, *gradients):
+        cut, (x, weight, bias, halo, earlier) = ctx.cut, ctx.saved_tensors
+        *d_parts, d_rest, _, d_last = gradients
+        packed = [part.flatten(0, 1)[None].contiguous() for part in d_parts]
+        span, d_earlier = cut.span(x, weight, bias), None
+        dx, d_weight, d_bias = span.gradients(packed, d_rest.flatten(0, 1)[None], halo)
+        d_inputs = dx[0, :, : cut.channels]
+        if cut.table.backwards.continued.any():
+            d_all, d_halo = _gradients(cut, x, weight, bias, halo, d_parts)
+            d_inputs.copy_(d_all)
+        elif cut.carry_differentiable:
+            d_halo = span.initial_gradient(packed, halo)
+        if cut.carry_differentiable:
+            # through the halo pass only gradients of what is carried
+            d_earlier = cut.give_back(d_halo, d_last, earlier)(d_inputs)
+        return dx.view(x.shape), d_weight, d_bias, d_earlier, None
+
+
+serial_conv1d = functools.partial(conv1d_over_segments, function=SerialConvolution)
 
 
 @dataclass(frozen=True)
@@ -86,27 +59,27 @@ class _Longer:
     opening: Tensor  # (pieces, 1, 1) whether only the batch before precedes a piece
 
 
-def _gradients(ctx, x, weight, bias, halo, d_parts) -> tuple[Tensor, Tensor]:
-    """Of the inputs that are convolved and of those of the batch before, by all outputs that they reach, (batch,
-    seqlen/cp, channels) and like halo."""
-    channels, reach = weight.shape[0], weight.shape[1] - 1
-    local, back = ctx.table.local(ctx.group.rank), ctx.table.backwards.local(ctx.group.rank)
+def _gradients(cut, x, weight, bias, halo, d_parts) -> tuple[Tensor, Tensor]:
+    """Of the inputs that are convolved and of those of the batch before, by all outputs that they reach, (tokens,
+    channels) and like halo."""
+    channels, reach, table = cut.channels, cut.width - 1, cut.table
+    local, back = table.local(cut.group.rank), table.backwards.local(cut.group.rank)
     longer = local.kept(("longer", reach, x.device), lambda: _lengthen(local, reach, x.device))
     rows = torch.cat([x[..., :channels], *d_parts], dim=-1)
     # what precedes a segment as time runs back
-    _, behind = conv_halo(rows[:, longer.backwards], 2 * channels, reach + 1, ctx.table.backwards, ctx.group)
-    assert behind is not None, "some segment is followed"
+    ahead = Halo(table.backwards, cut.group, cut.width, x.device)
+    behind, arrive = ahead.fetch(rows[:, longer.backwards].flatten(0, 1))
+    arrive()
     behind = behind[back.tensor("first", x.device).T].flip(2)
     rows = torch.cat([rows.flatten(0, 1), behind.flatten(0, 2)]).index_select(0, longer.order)
     inputs, dy = rows[None].split(channels, dim=-1)
     leaves = [tensor.detach().requires_grad_() for tensor in (inputs, halo)]
     with torch.enable_grad():
         y = causal_conv1d(
-            leaves[0], weight, bias, initial_state=leaves[1], cu_seqlens=longer.documents, activation=ctx.activation
+            leaves[0], weight, bias, initial_state=leaves[1], cu_seqlens=longer.documents, activation=cut.activation
         )
     d_inputs, d_halo = torch.autograd.grad(y, leaves, dy)
-    d_inputs = d_inputs[0].index_select(0, longer.own).view(*x.shape[:2], channels)
-    return d_inputs, torch.where(longer.opening, d_halo, 0.0)
+    return d_inputs[0].index_select(0, longer.own), torch.where(longer.opening, d_halo, 0.0)
 
 
 def _lengthen(local: LocalSegments, reach: int, device: torch.device) -> _Longer:

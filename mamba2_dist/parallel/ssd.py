@@ -1,22 +1,21 @@
-"""The convolution and the SSD operator over a sequence cut across ranks."""
+"""The SSD operator over a sequence cut across ranks."""
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mamba2_dist.kernels.common.backend import Backend
-from mamba2_dist.kernels.conv1d import causal_conv1d_split
 from mamba2_dist.kernels.ssd import SSDSpan, mamba_chunk_scan_combined
 
 from . import state_scan
 from .carry import Carry, added_at
+from .conv import conv1d_over_segments
 from .groups import Group
-from .halo import conv_halo
 from .segments import SegmentTable
 from .serial import SerialSSD
 from .serial_conv import serial_conv1d
@@ -28,35 +27,6 @@ def operators(scan: StateScan) -> tuple[Callable[..., Any], Callable[..., "SSDOv
     if scan == "serial_exact":
         return serial_conv1d, SerialSSD
     return conv1d_over_segments, functools.partial(SSDOverSegments, scan=scan)
-
-
-def conv1d_over_segments(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sizes: Sequence[int],
-    table: SegmentTable,
-    group: Group,
-    *,
-    activation: Literal["silu"] | None = None,
-    carry: Carry | None = None,
-) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
-    """`causal_conv1d_split` of a sequence cut over `group`; communicates the rows before each segment.
-
-    x: (batch, seqlen/cp, at least sum(sizes)), of which the first channels are convolved; weight: (sum(sizes), width).
-    carry: what enters from the batch before, and takes what leaves to the next.
-    Returns the parts and what follows them, and what gives all of that again without communicating.
-    """
-    x, halo = conv_halo(x, sum(sizes), weight.shape[1], table, group, carry)
-    pieces = table.local(group.rank).documents
-
-    def convolve() -> list[Tensor]:
-        parts = causal_conv1d_split(
-            x.flatten(0, 1)[None], weight, bias, sizes, initial_state=halo, cu_seqlens=pieces, activation=activation
-        )
-        return [part.view(*x.shape[:2], part.shape[2]) for part in parts]
-
-    return convolve(), convolve
 
 
 class SSDOverSegments:

@@ -273,13 +273,15 @@ def _states(sizes: Sizes, backend: str) -> tuple[float, float]:
 
 
 def _halo(sizes: Sizes) -> float:
-    """The rows before each segment, there and their gradients back."""
+    """Seconds that the rows before each segment, and their gradients, are not hidden behind the convolution: forward it
+    reads its inputs and writes its outputs, backward it reads both and writes one."""
     if sizes.split.cp == 1:
         return 0.0
     channels = sizes.d_inner + 2 * sizes.groups
     size = sizes.segments * sizes.batch * (sizes.model.mamba.d_conv - 1) * channels * BF16
     link = sizes.machine.node if sizes.cp_nodes == 1 else sizes.machine.rail
-    return sizes.count("M") * 2 * link.time(size)
+    exposed = (max(link.time(size) - sizes.passes(count * BF16 * channels), 0.0) for count in (2, 3))
+    return sizes.count("M") * sum(exposed)
 
 
 def _keys(sizes: Sizes, scores: float) -> tuple[float, float]:

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mamba2_dist.kernels.conv1d import causal_conv1d, causal_conv1d_reference
+from mamba2_dist.kernels.common.documents import Documents
+from mamba2_dist.kernels.conv1d import ConvSpan, causal_conv1d, causal_conv1d_reference, causal_conv1d_split
 
 from ..tolerances import RELATIVE, assert_close
 
@@ -49,6 +50,42 @@ def test_documents_cut_anywhere(cuts, width):
 
 def test_documents_by_index():
     _check(2, 9, 4, 2, seq_idx=torch.tensor([[0, 0, 1, 2, 2, 2, 2, 2, 5], [1] * 9]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 16), max_size=6), st.integers(1, 6), st.data())
+def test_steps_are_the_whole(cuts, width, data):
+    """Whatever stood before the documents `enters` when the outputs were made."""
+    torch.manual_seed(0)
+    documents, sizes = Documents([0, *sorted(cuts), 16]), [2, 3]
+    enters = data.draw(st.sets(st.integers(0, len(documents) - 1)).map(sorted))
+    x, weight, bias = torch.randn(1, 16, 7, **FLOAT64), torch.randn(5, width, **FLOAT64), torch.randn(5, **FLOAT64)
+    state = torch.randn(len(documents), width - 1, 5, **FLOAT64)
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias, state)]
+    *whole, rest = causal_conv1d_split(
+        *leaves[:3], sizes, initial_state=leaves[3], cu_seqlens=documents, activation="silu"
+    )
+    d_parts = [torch.randn_like(part) for part in [*whole, rest]]
+    *expected, d_state = torch.autograd.grad([*whole, rest], leaves, d_parts)
+    entered = torch.zeros(len(documents), 1, 1).index_fill(0, torch.tensor(enters, dtype=torch.int64), 1.0)
+
+    span = ConvSpan(x, weight, bias, sizes, documents, enters, activation="silu")
+    *parts, passed = span.outputs(torch.where(entered > 0, torch.randn_like(state), state))
+    span.enter(parts, state)
+    for mine, other in zip([*parts, passed], [*whole, rest], strict=True):
+        assert_close(mine, other, RELATIVE[torch.float64])
+    assert_close(span.initial_gradient(d_parts[:2], state), d_state * entered, RELATIVE[torch.float64])
+    for mine, other in zip(span.gradients(d_parts[:2], d_parts[2], state), expected, strict=True):
+        assert_close(mine, other, RELATIVE[torch.float64])
+
+
+def test_what_a_span_refuses():
+    x, weight, documents = torch.randn(1, 9, 5), torch.randn(5, 4), Documents([0, 4, 9])
+    for enters, message in (([0, 0], "at most once"), ([2], "from 0 to 1"), ([-1], "from 0 to 1")):
+        with pytest.raises(ValueError, match=message):
+            ConvSpan(x, weight, None, [5], documents, enters)
+    with pytest.raises(ValueError, match="initial_state"):
+        ConvSpan(x, weight, None, [5], documents, [0]).outputs(torch.randn(1, 3, 5))
 
 
 def test_equals_torch():

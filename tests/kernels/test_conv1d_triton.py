@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mamba2_dist.kernels.common.documents import Documents
-from mamba2_dist.kernels.conv1d import causal_conv1d, causal_conv1d_split
+from mamba2_dist.kernels.conv1d import ConvSpan, causal_conv1d, causal_conv1d_split
 
 from ..tolerances import KERNELS, assert_close
 
@@ -121,6 +121,29 @@ def test_parts_are_the_whole(place):
     torch.autograd.backward([*parts, passed], [*dy.split(sizes, -1), d_rest])
     whole.backward(dy)
     assert torch.equal(wider.grad, torch.cat([x.grad, d_rest], -1))
+
+
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("enters", [[], [1, 2, 4, 6, 8]])
+def test_steps_have_the_bits_of_the_whole(place, enters, width):
+    """Whatever stood before the documents `enters` when the outputs were made."""
+    sizes, documents = [16, 8], Documents([0, 0, 1, 3, 15, 16, 17, 17, 40, 50])
+    x, weight, bias, state = draw(place, 1, 50, 24, width, len(documents))
+    x = torch.cat([x, x[..., :6]], -1)
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias, state)]
+    options = {"activation": "silu", "backend": "triton"}
+    whole = causal_conv1d_split(*leaves[:3], sizes, initial_state=leaves[3], cu_seqlens=documents, **options)
+    dy = [torch.randn_like(part) for part in whole]
+    *gradients, d_state = torch.autograd.grad(whole, leaves, dy)
+    entered = torch.tensor([number in enters for number in range(len(documents))], device=x.device)[:, None, None]
+
+    span = ConvSpan(x, weight, bias, sizes, documents, enters, **options)
+    *parts, rest = span.outputs(torch.where(entered, float("nan"), state))
+    span.enter(parts, state)
+    d_entered = span.initial_gradient(dy[:2], state)
+    assert all(map(torch.equal, [*parts, rest], whole))
+    assert torch.equal(d_entered, torch.where(entered, d_state, 0.0))
+    assert all(map(torch.equal, span.gradients(dy[:2], dy[2], state), gradients))
 
 
 def test_a_neighbouring_document_does_not_leak(place):

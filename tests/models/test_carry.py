@@ -21,9 +21,10 @@ from mamba2_dist import (
 )
 from mamba2_dist.modules.mixer import Mamba2Cache
 from mamba2_dist.parallel.carry import Carry
+from mamba2_dist.parallel.conv import conv1d_over_segments
 from mamba2_dist.parallel.ledger import record_collectives
 from mamba2_dist.parallel.segments import rows_between
-from mamba2_dist.parallel.ssd import SSDOverSegments, conv1d_over_segments
+from mamba2_dist.parallel.ssd import SSDOverSegments
 
 from ..distributed import run_ranks
 from ..splits import assert_same_gradients, groups_of

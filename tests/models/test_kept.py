@@ -13,7 +13,14 @@ from ..calls import noted_calls
 from ..distributed import run_ranks
 from ..splits import groups_of
 
-KINDS = (segments.LocalSegments, documents.Documents, halo.HaloPlan, exchange._Chain, attention_mask.Sight)
+KINDS = (
+    segments.LocalSegments,
+    documents.Documents,
+    documents.Openings,
+    halo.HaloPlan,
+    exchange._Chain,
+    attention_mask.Sight,
+)
 MODULES = (segments, documents, halo, exchange, attention_mask, serial_conv)
 MADE = [*((kind, "__init__") for kind in KINDS), *((module, "to_device") for module in MODULES)]
 

@@ -39,24 +39,16 @@ def causal_conv1d(
 
     offsets, enters and leaves are on the host; see `table.lay_out`. weight: (channels, width).
     """
-    problem = _problem(x, weight, bias, offsets, enters, leaves, sizes, final_count)
-    y0, y1, y2 = _new_parts(x, sizes)
-    table, state = problem.table, None if initial_state is None else initial_state.contiguous()
-    launch(
-        conv_kernel, (*problem.variant, bias is None, state is None, silu),
-        lambda: problem.describe(FORWARD, state, silu),
-        x_ptr=problem.x, weight_ptr=problem.weight, bias_ptr=problem.weight if problem.bias is None else problem.bias,
-        state_ptr=problem.x if state is None else state, y0_ptr=y0, y1_ptr=y1, y2_ptr=y2,
-        blocks_ptr=table.blocks, spans_ptr=table.spans,
-    )  # fmt: skip
-    rest = x[..., sum(sizes) :].clone(memory_format=torch.contiguous_format)
-    return y0, y1, y2, rest, _final_states(problem, state, final_count)
+    problem = make_problem(x, weight, bias, offsets, enters, leaves, sizes, final_count)
+    (y0, y1, y2), state = new_parts(x, sizes), None if initial_state is None else initial_state.contiguous()
+    convolve(problem, state, silu, [y0, y1, y2])
+    return y0, y1, y2, copy_rest(x, sizes), _final_states(problem, state, final_count)
 
 
 @fake(causal_conv1d)
 def _(x, weight, bias, initial_state, offsets, enters, leaves, sizes, final_count, silu):
     rest = x.new_empty(*x.shape[:2], x.shape[2] - sum(sizes))
-    return *_new_parts(x, sizes), rest, x.new_empty(final_count, weight.shape[1] - 1, sum(sizes))
+    return *new_parts(x, sizes), rest, x.new_empty(final_count, weight.shape[1] - 1, sum(sizes))
 
 
 @operator
@@ -66,29 +58,17 @@ def causal_conv1d_backward(
     sizes: list[int], silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias and initial_state; empty for those that are None."""
-    problem = _problem(x, weight, bias, offsets, enters, leaves, sizes, d_final.shape[0])
-    table, channels, width = problem.table, sum(sizes), weight.shape[1]
+    problem = make_problem(x, weight, bias, offsets, enters, leaves, sizes, d_final.shape[0])
     state = None if initial_state is None else initial_state.contiguous()
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dx[..., channels:].copy_(d_rest)
-    d_state = torch.zeros(0 if state is None else state.shape, dtype=torch.float32, device=x.device)
-    shares = x.new_empty(table.blocks.shape[1], width + 1, channels, dtype=torch.float32)
-    d_parts = [part.to(x.dtype).contiguous() for part in d_parts]
-    d_parts += d_parts[:1] * (PARTS - len(d_parts))
-    launch(
-        conv_backward_kernel, (*problem.variant, bias is None, state is None, silu),
-        lambda: dict(dx_stride=x.shape[2], **problem.describe(BACKWARD, state, silu)),
-        dy0_ptr=d_parts[0], dy1_ptr=d_parts[1], dy2_ptr=d_parts[2], x_ptr=problem.x, weight_ptr=problem.weight,
-        bias_ptr=problem.weight if problem.bias is None else problem.bias,
-        state_ptr=problem.x if state is None else state, dx_ptr=dx, d_state_ptr=d_state, shares_ptr=shares,
-        blocks_ptr=table.blocks, spans_ptr=table.spans,
-    )  # fmt: skip
+    dx, d_state = torch.empty_like(x, memory_format=torch.contiguous_format), new_state_gradient(state, x)
+    shares = convolve_back(problem, state, silu, d_parts, dx, d_state)
+    dx[..., sum(sizes) :].copy_(d_rest)
     _add_final_gradients(problem, dx, d_state, d_final)
-    totals = shares.sum(0)
+    d_weight, d_bias = add_shares(problem, shares)
     return (
         dx,
-        totals[:width].T.to(weight.dtype).contiguous(),
-        x.new_empty(0) if bias is None else totals[width].to(bias.dtype),
+        d_weight,
+        x.new_empty(0) if d_bias is None else d_bias,
         x.new_empty(0) if initial_state is None else d_state.to(initial_state.dtype),
     )
 
@@ -120,7 +100,7 @@ class _Conv(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """x with channels side by side, (batch, seqlen, at least sum(sizes)), and where its work is cut."""
 
     x: Tensor
@@ -128,7 +108,13 @@ class _Problem:
     bias: Tensor | None
     sizes: list[int]
     table: Table
-    variant: tuple
+
+    @property
+    def variant(self) -> tuple:
+        """What may differ between launches."""
+        x, table = self.x, self.table
+        sizes = *self.weight.shape, *self.sizes, table.blocks.shape[1], table.spans.shape[1]
+        return x.shape, x.stride(), x.dtype, self.bias is None, sizes
 
     def describe(self, how: Launch, state: Tensor | None, silu: bool) -> dict:
         sizes = [*self.sizes, *[0] * (PARTS - len(self.sizes))]
@@ -143,20 +129,67 @@ class _Problem:
         }  # fmt: skip
 
 
-def _problem(x, weight, bias, offsets, enters, leaves, sizes, final_count) -> _Problem:
+def make_problem(x, weight, bias, offsets, enters, leaves, sizes, final_count) -> Problem:
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, seqlen, _ = x.shape
     table = lay_out(offsets, enters, leaves, batch, seqlen, weight.shape[1], TOKENS, final_count, x.device)
-    variant = (x.shape, x.stride(), x.dtype, weight.shape, *sizes, table.blocks.shape[1], table.spans.shape[1])
     bias = None if bias is None else bias.contiguous()
-    return _Problem(x, weight.contiguous(), bias, sizes, table, variant)
+    return Problem(x, weight.contiguous(), bias, sizes, table)
 
 
-def _new_parts(x: Tensor, sizes: list[int]) -> list[Tensor]:
+def new_parts(x: Tensor, sizes: list[int]) -> list[Tensor]:
+    """For `convolve`: always three, for the operator."""
     return [x.new_empty(*x.shape[:2], size) for size in [*sizes, *[0] * (PARTS - len(sizes))]]
 
 
-def _final_states(problem: _Problem, state: Tensor | None, count: int) -> Tensor:
+def copy_rest(x: Tensor, sizes: list[int]) -> Tensor:
+    """The channels that are not convolved."""
+    return x[..., sum(sizes) :].clone(memory_format=torch.contiguous_format)
+
+
+def new_state_gradient(state: Tensor | None, x: Tensor) -> Tensor:
+    return torch.zeros(0 if state is None else state.shape, dtype=torch.float32, device=x.device)
+
+
+def convolve(problem: Problem, state: Tensor | None, silu: bool, parts: list[Tensor]) -> None:
+    """Write the outputs of the tokens in the problem's table."""
+    table, parts = problem.table, parts + parts[:1] * (PARTS - len(parts))
+    launch(
+        conv_kernel, (*problem.variant, state is None, silu), lambda: problem.describe(FORWARD, state, silu),
+        x_ptr=problem.x, weight_ptr=problem.weight, bias_ptr=problem.weight if problem.bias is None else problem.bias,
+        state_ptr=problem.x if state is None else state, y0_ptr=parts[0], y1_ptr=parts[1], y2_ptr=parts[2],
+        blocks_ptr=table.blocks, spans_ptr=table.spans,
+    )  # fmt: skip
+
+
+def convolve_back(
+    problem: Problem, state: Tensor | None, silu: bool, d_parts: list[Tensor], dx: Tensor, d_state: Tensor
+) -> Tensor:
+    """Write dx of the tokens in the problem's table and the gradients of the states before them; what each block of
+    tokens adds to those of the weights and the bias, (blocks, width + 1, channels)."""
+    table, (channels, width) = problem.table, problem.weight.shape
+    shares = problem.x.new_empty(table.blocks.shape[1], width + 1, channels, dtype=torch.float32)
+    d_parts = [part.to(problem.x.dtype).contiguous() for part in d_parts]
+    d_parts += d_parts[:1] * (PARTS - len(d_parts))
+    launch(
+        conv_backward_kernel, (*problem.variant, state is None, silu),
+        lambda: dict(dx_stride=problem.x.shape[2], **problem.describe(BACKWARD, state, silu)),
+        dy0_ptr=d_parts[0], dy1_ptr=d_parts[1], dy2_ptr=d_parts[2], x_ptr=problem.x, weight_ptr=problem.weight,
+        bias_ptr=problem.weight if problem.bias is None else problem.bias,
+        state_ptr=problem.x if state is None else state, dx_ptr=dx, d_state_ptr=d_state, shares_ptr=shares,
+        blocks_ptr=table.blocks, spans_ptr=table.spans,
+    )  # fmt: skip
+    return shares
+
+
+def add_shares(problem: Problem, shares: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the weights and the bias."""
+    totals, width, bias = shares.sum(0), problem.weight.shape[1], problem.bias
+    d_weight = totals[:width].T.to(problem.weight.dtype).contiguous()
+    return d_weight, None if bias is None else totals[width].to(bias.dtype)
+
+
+def _final_states(problem: Problem, state: Tensor | None, count: int) -> Tensor:
     """The last width - 1 inputs of documents, older ones from the initial state or zero."""
     x, before, channels = problem.x, problem.weight.shape[1] - 1, sum(problem.sizes)
     final = x.new_zeros(count * before, channels)
@@ -169,7 +202,7 @@ def _final_states(problem: _Problem, state: Tensor | None, count: int) -> Tensor
     return final.view(count, before, channels)
 
 
-def _add_final_gradients(problem: _Problem, dx: Tensor, d_state: Tensor, d_final: Tensor) -> None:
+def _add_final_gradients(problem: Problem, dx: Tensor, d_state: Tensor, d_final: Tensor) -> None:
     if not d_final.shape[0]:
         return
     channels, d_final = sum(problem.sizes), d_final.flatten(0, 1)

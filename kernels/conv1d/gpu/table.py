@@ -64,6 +64,26 @@ def _build(offsets, enters, leaves, batch, seqlen, width, block, final_count, de
     )  # fmt: skip
 
 
+def lay_out_openings(offsets: Tensor, documents: np.ndarray, width: int, device: torch.device) -> Table:
+    """The table of the first width - 1 tokens of some of the documents packed in one row, each with a row of initial
+    states."""
+    key = ("openings", offsets.numpy().tobytes(), documents.tobytes(), width, device)
+    return _kept.get(key, lambda: _build_openings(offsets.numpy(), documents, width, device))
+
+
+def _build_openings(ends: np.ndarray, documents: np.ndarray, width: int, device: torch.device) -> Table:
+    lengths = np.diff(ends)[documents]
+    documents, lengths = documents[lengths > 0], lengths[lengths > 0]
+    first, rows, none = np.minimum(lengths, width - 1), np.arange(len(documents)), np.zeros(len(documents), np.int64)
+    starts, after = ends[documents], np.minimum(lengths - first, width - 1)
+    spans = np.stack([starts, none, starts, first, none, after, documents])
+    blocks = np.stack([rows, rows * 0 + 1])
+    nothing = torch.empty(0, dtype=torch.int64, device=device)
+    return Table(
+        to_device(blocks.astype(np.int32), device), to_device(spans.astype(np.int32), device), nothing, nothing
+    )
+
+
 def _tails(ends, initial, final, seqlen, width, final_count) -> tuple[np.ndarray, np.ndarray]:
     document = np.flatnonzero(final >= 0) if final_count else np.empty(0, np.int64)
     place = final[document][:, None] * (width - 1) + np.arange(width - 1)
