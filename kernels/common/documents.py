@@ -41,7 +41,7 @@ class Openings:
 
     document: Tensor  # (openings,)
     token: Tensor  # (tokens of the openings,)
-    documents: "Documents"  # they themselves
+    documents: "Documents"  # the openings
 
 
 class Documents:

@@ -9,17 +9,17 @@ from torch import Tensor
 
 from ..common.backend import Backend, takes_triton
 from ..common.checks import check_shape
-from ..common.documents import Documents, check_numbers
+from ..common.documents import Documents, Openings, check_numbers
 from .causal_conv1d import causal_conv1d_split, check
 
 
 class ConvSpan:
-    """`causal_conv1d_split` of packed documents, all but whose first outputs need nothing from before them:
+    """`causal_conv1d_split` of packed documents in steps, as only their first outputs need what precedes them:
 
         forward:   `outputs`, of the inputs before documents so far as they are known; `enter`, when they all are
         backward:  `initial_gradient`, the gradient of those inputs; `gradients`, all others
 
-    Nothing here is recorded by autograd. Each pass has an object of its own.
+    Nothing here is recorded by autograd, and no step leaves anything for another.
 
     x: (1, tokens, at least sum(sizes)); weight: (sum(sizes), width); bias: (sum(sizes),). enters: numbers of the
     documents that something precedes, each at most once. Raises ValueError for shapes and numbers that do not fit.
@@ -42,7 +42,7 @@ class ConvSpan:
         check_numbers("enters", enters, len(documents))
         tensors = tuple(tensor if tensor is None else tensor.detach() for tensor in (x, weight, bias))
         enters = np.asarray(enters, np.int64)
-        self.states = len(documents), weight.shape[1] - 1, weight.shape[0]
+        self.state_shape = len(documents), weight.shape[1] - 1, weight.shape[0]
         self.steps: Any
         if takes_triton(backend, x):
             from .gpu.span import GPUSpan
@@ -71,7 +71,7 @@ class ConvSpan:
         return self.steps.gradients(list(d_parts), d_rest, self._checked(initial_state))
 
     def _checked(self, initial_state: Tensor) -> Tensor:
-        check_shape("initial_state", initial_state, self.states, "(documents, width - 1, channels)")
+        check_shape("initial_state", initial_state, self.state_shape, "(documents, width - 1, channels)")
         return initial_state
 
 
@@ -91,25 +91,26 @@ class _InTorch:
     def _first_outputs(self, initial_state: Tensor) -> list[Tensor]:
         """Of the documents `enters`, parts alone."""
         x, weight, bias = self.tensors
-        first = self._openings(x.device)
+        first = self._openings()
         rows, states = x.index_select(1, first.token), initial_state.index_select(0, first.document)
         return self._convolve((rows, weight, bias), states, first.documents)[:-1]
 
-    def _openings(self, device: torch.device):
-        return self.documents.openings(self.enters, self.tensors[1].shape[1] - 1, device)
+    def _openings(self) -> Openings:
+        x, weight, _ = self.tensors
+        return self.documents.openings(self.enters, weight.shape[1] - 1, x.device)
 
     def outputs(self, initial_state: Tensor) -> list[Tensor]:
         with torch.no_grad():
             return self._convolve(self.tensors, initial_state, self.documents)
 
     def enter(self, parts: list[Tensor], initial_state: Tensor) -> None:
-        token = self._openings(initial_state.device).token
+        token = self._openings().token
         with torch.no_grad():
             for part, rows in zip(parts, self._first_outputs(initial_state), strict=True):
                 part.index_copy_(1, token, rows)
 
     def initial_gradient(self, d_parts: list[Tensor], initial_state: Tensor) -> Tensor:
-        token, leaf = self._openings(initial_state.device).token, initial_state.detach().requires_grad_()
+        token, leaf = self._openings().token, initial_state.detach().requires_grad_()
         with torch.enable_grad():
             parts = self._first_outputs(leaf)
         return torch.autograd.grad(parts, leaf, [part.index_select(1, token) for part in d_parts])[0]

@@ -31,7 +31,7 @@ def conv1d_over_segments(
 
     x: (batch, seqlen/cp, at least sum(sizes)), of which the first channels are convolved; weight: (sum(sizes), width).
     carry: what enters from the batch before, and takes what leaves to the next; needed where rows are carried.
-    function: None: `Convolution`, or one with other gradients.
+    function: whose gradients; None: those of `Convolution`.
     Returns the parts and what follows them, and what gives all of that again without communicating.
     """
     assert carry is not None or not table.carried.any()
@@ -49,6 +49,7 @@ def conv1d_over_segments(
     *parts, halo, last_inputs = (function or Convolution).apply(x, weight, bias, earlier, cut)
     if carry is not None:
         carry.last_inputs = last_inputs
+    # the first outputs once more by themselves: their last bits may differ among all others
     return parts, lambda: cut.convolve(x, weight, bias, halo, lambda: None)
 
 
@@ -62,7 +63,8 @@ class _Cut:
         self.pieces = table.local(group.rank).documents
         self.halo = Halo(table, group, self.width, x.device)
         self.last = None if carry is None else carry.find_last_inputs(x.device)
-        self.carry_differentiable = carry is not None and carry.differentiable
+        self.earlier = (carry.conv.shape, carry.conv.dtype) if carry is not None and carry.differentiable else None
+        """What gradients of the last inputs of the batch before are like, where they have them."""
 
     def in_rows(self, packed: Sequence[Tensor]) -> list[Tensor]:
         """(1, batch * seqlen/cp, ...) -> (batch, seqlen/cp, ...)."""
@@ -85,13 +87,13 @@ class _Cut:
             activation=self.activation,
         )  # fmt: skip
 
-    def give_back(self, d_halo: Tensor, d_last: Tensor, earlier: Tensor | None) -> Callable[[Tensor], Tensor | None]:
+    def exchange_gradients(self, d_halo: Tensor, d_last: Tensor) -> Callable[[Tensor], Tensor | None]:
         """Sends the gradients of the halo on their way back. What adds, in place, to those of the inputs, (tokens,
-        channels), all that comes from elsewhere, and gives that of `earlier`.
+        channels), all that comes from elsewhere, and gives that of the last inputs of the batch before.
 
-        d_last: of the last inputs of each row, where those have gradients.
+        d_last: of the last inputs of this one, where those have gradients.
         """
-        last = self.last if self.carry_differentiable else None
+        last = None if self.earlier is None else self.last
         if last is not None:
             d_halo = last.add_to_halo(d_last, d_halo)
         arrive = self.halo.give_back(d_halo)
@@ -100,7 +102,7 @@ class _Cut:
             arrive(d_inputs)
             if last is not None:
                 last.add_to_inputs(d_last, d_inputs)
-            return None if earlier is None else self.halo.earlier_gradient(d_halo, earlier)
+            return None if self.earlier is None else self.halo.earlier_gradient(d_halo, *self.earlier)
 
         return receive
 
@@ -117,7 +119,7 @@ class Convolution(torch.autograd.Function):
         inputs = x.flatten(0, 1)[:, : cut.channels]
         halo, arrive = cut.halo.fetch(inputs, earlier)
         outputs = cut.convolve(x, weight, bias, halo, arrive)
-        ctx.save_for_backward(x, weight, bias, halo, earlier if cut.carry_differentiable else None)
+        ctx.save_for_backward(x, weight, bias, halo)
         ctx.cut = cut
         ctx.mark_non_differentiable(halo)
         last_inputs = x.new_empty(0) if cut.last is None else cut.last.take(inputs, halo.flatten(0, 1))
@@ -126,12 +128,12 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):
-        cut, (x, weight, bias, halo, earlier) = ctx.cut, ctx.saved_tensors
+        cut, (x, weight, bias, halo) = ctx.cut, ctx.saved_tensors
         *d_parts, d_rest, _, d_last = gradients
         d_parts, d_rest = [part.flatten(0, 1)[None].contiguous() for part in d_parts], d_rest.flatten(0, 1)[None]
         span = cut.span(x, weight, bias)
         d_halo = span.initial_gradient(d_parts, halo)
-        receive = cut.give_back(d_halo, d_last, earlier)
+        receive = cut.exchange_gradients(d_halo, d_last)
         dx, d_weight, d_bias = span.gradients(d_parts, d_rest, halo)
         d_earlier = receive(dx[0, :, : cut.channels])
         return dx.view(x.shape), d_weight, d_bias, d_earlier, None

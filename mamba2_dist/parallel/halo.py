@@ -72,15 +72,11 @@ class Halo:
 
         return add
 
-    def earlier_gradient(self, d_halo: Tensor, earlier: Tensor) -> Tensor:
-        """That of the last inputs of the batch before, like them."""
-        plan, rows = self.plan, d_halo.flatten(0, 1).index_select(0, self.plan.places)
-        return (
-            torch.zeros_like(earlier)
-            .flatten(0, 1)
-            .index_add(0, plan.remembered, rows.to(earlier.dtype))
-            .view_as(earlier)
-        )
+    def earlier_gradient(self, d_halo: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """That of the last inputs of the batch before, of `shape` and `dtype`."""
+        d_earlier, rows = d_halo.new_zeros(shape, dtype=dtype), d_halo.flatten(0, 1).index_select(0, self.plan.places)
+        d_earlier.flatten(0, 1).index_add_(0, self.plan.remembered, rows.to(dtype))
+        return d_earlier
 
     def _begin(self, rows: Tensor, index: Tensor, sent, received) -> Arriving | None:
         if not self.plan.needed:

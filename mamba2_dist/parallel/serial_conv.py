@@ -28,7 +28,7 @@ class SerialConvolution(Convolution):
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):
-        cut, (x, weight, bias, halo, earlier) = ctx.cut, ctx.saved_tensors
+        cut, (x, weight, bias, halo) = ctx.cut, ctx.saved_tensors
         *d_parts, d_rest, _, d_last = gradients
         packed = [part.flatten(0, 1)[None].contiguous() for part in d_parts]
         span, d_earlier = cut.span(x, weight, bias), None
@@ -37,11 +37,11 @@ class SerialConvolution(Convolution):
         if cut.table.backwards.continued.any():
             d_all, d_halo = _gradients(cut, x, weight, bias, halo, d_parts)
             d_inputs.copy_(d_all)
-        elif cut.carry_differentiable:
+        else:
             d_halo = span.initial_gradient(packed, halo)
-        if cut.carry_differentiable:
+        if cut.earlier is not None:
             # through the halo pass only gradients of what is carried
-            d_earlier = cut.give_back(d_halo, d_last, earlier)(d_inputs)
+            d_earlier = cut.exchange_gradients(d_halo, d_last)(d_inputs)
         return dx.view(x.shape), d_weight, d_bias, d_earlier, None
 
 

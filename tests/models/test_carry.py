@@ -236,6 +236,22 @@ def test_steps_under_autocast_leave_a_memory():
     mixer(u, None, cache)
 
 
+@pytest.mark.parametrize("scan", ["auto", "serial_exact"])
+def test_what_was_carried_may_be_overwritten(scan):
+    """Before the backward pass, by whoever has one buffer for all batches."""
+    mixer = Mamba2Mixer(Mamba2Config(d_state=6, headdim=4), 16, state_scan=scan)
+    table, u = SegmentTable.contiguous(8, 1, batch=2, carried=[True, True]), torch.randn(2, 8, 16)
+    gradients = []
+    for factor in (1, 2):
+        memory = mixer.new_cache(2)
+        conv = memory.conv.requires_grad_()
+        y = mixer(u, table, memory)
+        with torch.no_grad():
+            conv.mul_(factor).add_(factor - 1)
+        gradients.append(torch.autograd.grad(y.sum(), conv)[0])
+    assert torch.equal(*gradients)
+
+
 def test_what_was_not_carried_is_not_read():
     """Also where it is not finite."""
     model, tokens = HybridModel(_config(), dtype=torch.float64), torch.randint(0, 32, (2, 9))

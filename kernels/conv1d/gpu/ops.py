@@ -113,8 +113,8 @@ class Problem:
     def variant(self) -> tuple:
         """What may differ between launches."""
         x, table = self.x, self.table
-        sizes = *self.weight.shape, *self.sizes, table.blocks.shape[1], table.spans.shape[1]
-        return x.shape, x.stride(), x.dtype, self.bias is None, sizes
+        counts = *self.weight.shape, *self.sizes, table.blocks.shape[1], table.spans.shape[1]
+        return x.shape, x.stride(), x.dtype, self.bias is None, counts
 
     def describe(self, how: Launch, state: Tensor | None, silu: bool) -> dict:
         sizes = [*self.sizes, *[0] * (PARTS - len(self.sizes))]
@@ -138,7 +138,7 @@ def make_problem(x, weight, bias, offsets, enters, leaves, sizes, final_count) -
 
 
 def new_parts(x: Tensor, sizes: list[int]) -> list[Tensor]:
-    """For `convolve`: always three, for the operator."""
+    """Memory for as many parts as the operator returns."""
     return [x.new_empty(*x.shape[:2], size) for size in [*sizes, *[0] * (PARTS - len(sizes))]]
 
 

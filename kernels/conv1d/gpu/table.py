@@ -74,14 +74,11 @@ def lay_out_openings(offsets: Tensor, documents: np.ndarray, width: int, device:
 def _build_openings(ends: np.ndarray, documents: np.ndarray, width: int, device: torch.device) -> Table:
     lengths = np.diff(ends)[documents]
     documents, lengths = documents[lengths > 0], lengths[lengths > 0]
-    first, rows, none = np.minimum(lengths, width - 1), np.arange(len(documents)), np.zeros(len(documents), np.int64)
-    starts, after = ends[documents], np.minimum(lengths - first, width - 1)
-    spans = np.stack([starts, none, starts, first, none, after, documents])
-    blocks = np.stack([rows, rows * 0 + 1])
-    nothing = torch.empty(0, dtype=torch.int64, device=device)
-    return Table(
-        to_device(blocks.astype(np.int32), device), to_device(spans.astype(np.int32), device), nothing, nothing
-    )
+    starts, first, none = ends[documents], np.minimum(lengths, width - 1), np.zeros_like(documents)
+    spans = np.stack([starts, none, starts, first, none, np.minimum(lengths - first, width - 1), documents])
+    blocks = np.stack([np.arange(len(documents)), np.ones_like(documents)])
+    no_tails = (torch.empty(count, 0, dtype=torch.int64, device=device) for count in (3, 2))
+    return Table(to_device(blocks.astype(np.int32), device), to_device(spans.astype(np.int32), device), *no_tails)
 
 
 def _tails(ends, initial, final, seqlen, width, final_count) -> tuple[np.ndarray, np.ndarray]:
