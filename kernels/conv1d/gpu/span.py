@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .ops import add_shares, convolve, convolve_back, copy_rest, make_problem, new_parts
+from .ops import add_shares, convolve, convolve_back, copy_rest, make_problem, new_parts, new_state_gradient
 from .table import lay_out_openings
 
 
@@ -37,5 +37,5 @@ class GPUSpan:
 
     def _back(self, problem, d_parts, initial_state) -> tuple[Tensor, Tensor, Tensor]:
         dx = torch.empty_like(self.x, memory_format=torch.contiguous_format)
-        d_state = initial_state.new_zeros(initial_state.shape, dtype=torch.float32)
+        d_state = new_state_gradient(initial_state, self.x)
         return dx, d_state, convolve_back(problem, initial_state.contiguous(), self.silu, d_parts, dx, d_state)
