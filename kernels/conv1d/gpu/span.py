@@ -26,16 +26,18 @@ class GPUSpan:
         convolve(self.openings, initial_state.contiguous(), self.silu, parts)
 
     def initial_gradient(self, d_parts: list[Tensor], initial_state: Tensor) -> Tensor:
-        return self._back(self.openings, d_parts, initial_state)[1].to(initial_state.dtype)
+        d_state = new_state_gradient(initial_state, self.x)
+        self._back(self.openings, d_parts, initial_state, d_state)
+        return d_state.to(initial_state.dtype)
 
     def gradients(
         self, d_parts: list[Tensor], d_rest: Tensor, initial_state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        dx, _, shares = self._back(self.problem, d_parts, initial_state)
+        unread = initial_state.new_empty(initial_state.shape, dtype=torch.float32)
+        dx, shares = self._back(self.problem, d_parts, initial_state, unread)
         dx[..., sum(self.sizes) :].copy_(d_rest)
         return dx, *add_shares(self.problem, shares)
 
-    def _back(self, problem, d_parts, initial_state) -> tuple[Tensor, Tensor, Tensor]:
+    def _back(self, problem, d_parts, initial_state, d_state) -> tuple[Tensor, Tensor]:
         dx = torch.empty_like(self.x, memory_format=torch.contiguous_format)
-        d_state = new_state_gradient(initial_state, self.x)
-        return dx, d_state, convolve_back(problem, initial_state.contiguous(), self.silu, d_parts, dx, d_state)
+        return dx, convolve_back(problem, initial_state.contiguous(), self.silu, d_parts, dx, d_state)
