@@ -79,17 +79,8 @@ def all_to_all_over(tensor: Tensor, group: Group) -> Tensor:
     return output
 
 
-def rows_over(tensor: Tensor, group: Group, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-    """`all_to_all` outside autograd."""
-    return _all_to_all(tensor, group, sent, received, False).wait()
-
-
 def begin_rows(tensor: Tensor, group: Group, sent: Sequence[int], received: Sequence[int]) -> Arriving:
-    """`rows_over`, beside what follows."""
-    return _all_to_all(tensor, group, sent, received, True)
-
-
-def _all_to_all(tensor, group, sent, received, async_op) -> Arriving:
+    """`all_to_all` outside autograd, beside what follows."""
     if group.size == 1:
         return Arriving(tensor)
     output = tensor.new_empty(sum(received), *tensor.shape[1:])
@@ -98,7 +89,7 @@ def _all_to_all(tensor, group, sent, received, async_op) -> Arriving:
         row = tensor.element_size() * math.prod(tensor.shape[1:])
         ledger.enter("all_to_all", group, sum(rows > 0 for rows in theirs), sum(theirs) * row)
     work = dist.all_to_all_single(
-        output, tensor.contiguous(), list(received), list(sent), group=group.handle, async_op=async_op
+        output, tensor.contiguous(), list(received), list(sent), group=group.handle, async_op=True
     )
     return Arriving(output, work)
 
@@ -214,12 +205,12 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, group, sent, received):
         ctx.group, ctx.sent, ctx.received = group, sent, received
-        return rows_over(tensor, group, sent, received)
+        return begin_rows(tensor, group, sent, received).wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return rows_over(grad, ctx.group, ctx.received, ctx.sent), None, None, None
+        return begin_rows(grad, ctx.group, ctx.received, ctx.sent).wait(), None, None, None
 
 
 def replicate(tensor: Tensor, group: Group) -> Tensor:

@@ -72,7 +72,7 @@ def _mixer_by_every_scan(layout):
         _mixer(1, 8, 2, layout, True, scan, False)
 
 
-@pytest.mark.parametrize("layout", ["zigzag", "uneven"])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "uneven"])
 def test_mixer_on_eight_ranks(layout):
     run_ranks(8, _mixer_by_every_scan, layout)
 

@@ -123,7 +123,7 @@ def _check(segments, ranks, documents):
 
 
 # a failure ends the ranks, so looking for a smaller one would take minutes
-@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=40, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(segments(40, 4), documents(40))
 def test_fuzzed_cuts_and_documents(segments, documents):
     run_ranks(4, _check, segments, 4, documents)
