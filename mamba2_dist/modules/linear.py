@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from mamba2_dist.parallel.collectives import all_gather, reduce, reduce_scatter, replicate, replicate_rows
 from mamba2_dist.parallel.groups import Group
 from mamba2_dist.parallel.partition import Partition
+from mamba2_dist.parallel.processors import processors_left
 
 from .base import Initializer, PartitionedModule
 
@@ -70,27 +71,29 @@ def _weight_gradient(dy: Tensor, u: Tensor, out: Tensor) -> None:
 
 class _FirstRows(torch.autograd.Function):
     """u W^T of the rows of W before `first`, with W also in the dtype of u; the gradient of W is in its own, what there
-    is of other rows is not written."""
+    is of other rows is not written. left: processors that these products leave free."""
 
     @staticmethod
-    def forward(ctx, u, weight, cast, first):
+    def forward(ctx, u, weight, cast, first, left):
         ctx.save_for_backward(u, _to_keep(weight, cast))
-        ctx.first, ctx.weight_dtype = first, weight.dtype
-        return F.linear(u, cast[:first])
+        ctx.first, ctx.weight_dtype, ctx.left = first, weight.dtype, left
+        with processors_left(left, u.device):
+            return F.linear(u, cast[:first])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         u, weight = ctx.saved_tensors
         du = d_weight = None
-        if ctx.needs_input_grad[0]:
-            du = dy @ weight[: ctx.first].to(u.dtype)
-        if ctx.needs_input_grad[1]:
-            d_weight = torch.empty_like(weight, dtype=ctx.weight_dtype)
-            if torch.is_anomaly_enabled():
-                d_weight[ctx.first :] = 0  # or what is not written would be taken for a result
-            _weight_gradient(dy, u, d_weight[: ctx.first])
-        return du, d_weight, None, None
+        with processors_left(ctx.left, u.device):
+            if ctx.needs_input_grad[0]:
+                du = dy @ weight[: ctx.first].to(u.dtype)
+            if ctx.needs_input_grad[1]:
+                d_weight = torch.empty_like(weight, dtype=ctx.weight_dtype)
+                if torch.is_anomaly_enabled():
+                    d_weight[ctx.first :] = 0  # or what is not written would be taken for a result
+                _weight_gradient(dy, u, d_weight[: ctx.first])
+        return du, d_weight, None, None, None
 
 
 def linear(u: Tensor, weight: Tensor) -> Tensor:
@@ -98,7 +101,7 @@ def linear(u: Tensor, weight: Tensor) -> Tensor:
     u = u.to(autocast_dtype(u))
     if u.dtype == weight.dtype:
         return F.linear(u, weight)
-    return _FirstRows.apply(u, weight, _cast(weight, u.dtype), len(weight))
+    return _FirstRows.apply(u, weight, _cast(weight, u.dtype), len(weight), 0)
 
 
 class _LastRows(torch.autograd.Function):
@@ -153,16 +156,17 @@ class ColumnParallelLinear(PartitionedModule):
         (batch, seqlen/cp/tp, d_in), its shards gathered over tp."""
         return linear(*self._factors(u))
 
-    def in_two(self, u: Tensor, first: int) -> tuple[Tensor, Callable[[], Tensor]]:
+    def in_two(self, u: Tensor, first: int) -> tuple[Tensor, Callable[..., Tensor]]:
         """The channels from `first` on, and what computes those before; each has memory of its own.
 
         What is computed second is the first to free its gradient, as it has become part of those of u and W by then.
+        It may be called with a number of processors that its product and those of its gradient leave free.
         """
         u, weight = self._factors(u)
         u = u.to(autocast_dtype(u))
         cast = _cast(weight, u.dtype)
         last, u, weight = _LastRows.apply(u, weight, cast, first)
-        return last, lambda: _FirstRows.apply(u, weight, cast, first)
+        return last, lambda left=0: _FirstRows.apply(u, weight, cast, first, left)
 
     def _factors(self, u: Tensor) -> tuple[Tensor, Tensor]:
         d_in = self.weight.shape[1]

@@ -140,7 +140,7 @@ class Mamba2Mixer(PartitionedModule):
         return y
 
     def _mix(
-        self, xBCdt: Tensor, z: Callable[[], Tensor], segments: SegmentTable, carry: Carry | None = None
+        self, xBCdt: Tensor, z: Callable[..., Tensor], segments: SegmentTable, carry: Carry | None = None
     ) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             (x, B, C, dt), _ = self.conv1d(xBCdt, segments, carry)
@@ -212,9 +212,9 @@ class Mamba2Mixer(PartitionedModule):
         _, B, C = self._heads(x, B, C)
         return ssd_matrix(discretize(dt, self.dt_bias, True, self.config.dt_limit), self._A(), B, C)
 
-    def _project(self, u: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+    def _project(self, u: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
         """x, B, C and dt side by side, and what computes z, which is needed last and whose gradient comes first: beside
-        it states travel between ranks."""
+        it states travel between ranks, on processors that it may leave free."""
         return self.in_proj.in_two(u, self.share.d_inner_local)
 
     def _heads(self, x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,7 +230,7 @@ class Mamba2Mixer(PartitionedModule):
         B: Tensor,
         C: Tensor,
         dt: Tensor,
-        z: Callable[[], Tensor],
+        z: Callable[..., Tensor],
         segments: SegmentTable,
         carry: Carry | None,
     ) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]:
@@ -239,7 +239,8 @@ class Mamba2Mixer(PartitionedModule):
         x, B, C = self._heads(x, B, C)
         over = self.scan(x, dt, A, B, C, self.config.chunk_size, segments, self.states, carry=carry, **options)
         del x, B, C
-        gate = z()
+        tokens, d_model = dt.shape[0] * dt.shape[1], self.in_proj.weight.shape[1]
+        gate = z(over.processors(2.0 * tokens * d_model * self.share.d_inner_local))
         y, scan = over.outputs()
 
         def again(x: Tensor, B: Tensor, C: Tensor) -> Tensor:

@@ -34,6 +34,10 @@ RING_BLOCKS = 4
 NEARLY = 1.1  # as cheap
 SCORES_SHARE = 0.5
 """Speed of attention's products as a share of that of others; assumed."""
+EXCHANGE_PROCESSORS = 4
+"""Processors of a GPU, of 132, on which states travel between nodes."""
+SLOWER = 132 / (132 - EXCHANGE_PROCESSORS)
+"""How much longer a product takes on the others."""
 
 
 @dataclass(frozen=True)
@@ -371,6 +375,12 @@ def choose(
     if nodes > 1:
         return best
     return next(backend for backend in options if times[backend] <= NEARLY * times[best])
+
+
+def worth_processors(exchange_s: float, product_s: float) -> bool:
+    """Whether the products beside exchanges, one forward and two backward, should leave processors to them. Or else the
+    exchange of the forward pass follows its product, and that of the backward pass the first of two."""
+    return exchange_s > 3 * (SLOWER - 1) * product_s
 
 
 def possible(backend: str, nodes: int, machine: Machine) -> bool:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mamba2_dist.kernels.common.checks import check_choice, check_integer, check_positive
 
-from .cost_model import H200, Machine
+from .cost_model import EXCHANGE_PROCESSORS, H200, Machine
 
 logger = logging.getLogger(__name__)
 AXES = ("tp", "cp", "pp", "dp")
@@ -35,6 +35,7 @@ class Group:
     rail: "Group | None" = None
     nodes: int = 1  # that it lies on
     machine: Machine = H200  # what joins them
+    processors: int = 0  # of a GPU that its kernels run on at most, where there is a limit
 
     @property
     def size(self) -> int:
@@ -129,7 +130,10 @@ class ParallelGroups:
                 node_size = int(os.environ.get("LOCAL_WORLD_SIZE", world))
             node_size, machine = _agreed(node_size, machine)
             self.cp = _with_nodes(replace(self.cp, machine=machine), rows, node_size)
-            self.states = _with_nodes(replace(Group.of("states", _along(rows)), machine=machine), rows, node_size)
+            # on one node an exchange is short, and may as well follow what is computed
+            limit = EXCHANGE_PROCESSORS if self.cp.node is not None and _speaks_nccl(device_type) else 0
+            states = replace(Group.of("states", _along(rows, limit)), machine=machine, processors=limit)
+            self.states = _with_nodes(states, rows, node_size)
             _meet(self.states, device_type)
         joined = init_device_mesh(device_type, (pp, dp * cp, tp), mesh_dim_names=("pp", "data", "tp"))
         self.data_mesh = joined["data"]
@@ -190,9 +194,18 @@ def _meet(group: Group, device_type: str) -> None:
             dist.all_reduce(torch.zeros(1, device="cuda"), group=part.handle)
 
 
-def _along(rows: torch.Tensor) -> dist.ProcessGroup:
-    """This rank's row of `rows` as a new communicator; every process of the world must call it."""
-    return dist.new_subgroups_by_enumeration(rows.tolist())[0]
+def _speaks_nccl(device_type: str) -> bool:
+    return device_type == "cuda" and "cuda:nccl" in dist.get_backend_config()
+
+
+def _along(rows: torch.Tensor, processors: int = 0) -> dist.ProcessGroup:
+    """This rank's row of `rows` as a new communicator; every process of the world must call it. processors: that NCCL's
+    kernels run on at most; 0: as many as it likes."""
+    options = None
+    if processors:
+        options = dist.ProcessGroupNCCL.Options()
+        options.config.max_ctas = processors
+    return dist.new_subgroups_by_enumeration(rows.tolist(), pg_options=options)[0]
 
 
 def _with_nodes(group: Group, rows: torch.Tensor, node_size: int) -> Group:
@@ -205,6 +218,6 @@ def _with_nodes(group: Group, rows: torch.Tensor, node_size: int) -> Group:
     if group.size % nodes or (on_node.view(len(rows), nodes, size) != on_node[:, ::size, None]).any():
         return replace(group, nodes=nodes)
     parts = rows.view(-1, nodes, size)
-    node = Group.of(f"{group.name} node", _along(parts.flatten(0, 1)))
-    rail = Group.of(f"{group.name} rail", _along(parts.transpose(1, 2).flatten(0, 1)))
+    node = Group.of(f"{group.name} node", _along(parts.flatten(0, 1), group.processors))
+    rail = Group.of(f"{group.name} rail", _along(parts.transpose(1, 2).flatten(0, 1), group.processors))
     return replace(group, node=node, rail=rail, nodes=nodes)

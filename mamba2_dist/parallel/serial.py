@@ -58,6 +58,10 @@ class SerialSSD:
         self.tensors: tuple | None = (x, dt, A, B, C, D, dt_bias)
         self.entering: list[Any] = []  # of each slot, once it is known
 
+    def processors(self, flops: float) -> int:
+        """None: nothing travels before `outputs`."""
+        return 0
+
     def outputs(self) -> tuple[Tensor, Callable[..., Tensor]]:
         """y like x, and what gives it again of the same (x, dt, A, B, C, D, dt_bias) without communicating."""
         tensors, self.tensors = self.tensors, None

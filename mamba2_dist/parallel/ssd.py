@@ -67,7 +67,7 @@ class SSDOverSegments:
         carry: Carry | None = None,
     ):
         self.table, self.group, self.scan, self.carry = table, group, scan, carry
-        self.local, self.shape = table.local(group.rank), x.shape
+        self.local, self.shape, self.d_state = table.local(group.rank), x.shape, B.shape[3]
         self.chunk_size = chunk_size
         self.options: dict[str, Any] = {"dt_softplus": dt_softplus, "dt_limit": dt_limit, "backend": backend}
         self.tensors: tuple | None = (x, dt, A, B, C, D, dt_bias)
@@ -75,6 +75,15 @@ class SSDOverSegments:
         self.alone = len(table.segments) == table.ranks == 1
         initial = None if carry is None else carry.initial_states
         self.opened = None if self.alone else _Leave.apply(self, initial, *self.tensors)
+
+    def processors(self, flops: float) -> int:
+        """How many of a GPU's the exchange needs for itself, where a product of so many operations is computed beside
+        it."""
+        if self.alone:
+            return 0
+        batch, _, nheads, headdim = self.shape
+        state_bytes = 4 * batch * nheads * headdim * self.d_state
+        return state_scan.processors(self.group, self.scan, self.table.slots_per_rank, state_bytes, flops)
 
     def outputs(self) -> tuple[Tensor, Callable[..., Tensor]]:
         """y like x, and what gives it again of the same (x, dt, A, B, C, D, dt_bias) without communicating."""

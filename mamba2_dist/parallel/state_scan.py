@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from mamba2_dist.kernels.common.checks import check_choice
 
-from .cost_model import Backend, choose
+from .cost_model import Backend, choose, exchange_time, worth_processors
 from .exchange import exchange
 from .groups import Group
 from .messages import ProcessGroups
@@ -131,6 +131,20 @@ def chosen(group: Group, segments: int, state_bytes: int) -> Backend:
         backend = _choose(group.size, group.nodes, segments, state_bytes, group.machine)
     group.log_choice("state_scan auto: %s, of %d states a rank of %.3f MB", backend, segments, state_bytes / 1e6)
     return cast(Backend, backend)
+
+
+_exchange_time = functools.cache(exchange_time)
+
+
+def processors(group: Group, backend: StateScan, segments: int, state_bytes: int, flops: float) -> int:
+    """How many processors of its GPU an exchange over `group` needs for itself, where it travels beside a product of
+    `flops` operations: none where it may as well follow the product."""
+    if group.processors == 0:
+        return 0
+    if backend == "auto":
+        backend = chosen(group, segments, state_bytes)
+    exchange_s = _exchange_time(backend, group.size, group.nodes, segments, state_bytes, group.machine)
+    return group.processors if worth_processors(exchange_s, flops / group.machine.matmul_flops) else 0
 
 
 def state_scan(state: Tensor, decay: Tensor, table: SegmentTable, group: Group, backend: StateScan) -> Tensor:

@@ -13,6 +13,7 @@ from mamba2_dist.parallel.attention import GATHERED_BYTES
 from mamba2_dist.parallel.cost_model import (
     AUTO,
     SCORES_SHARE,
+    SLOWER,
     Machine,
     all_reduce_time,
     attention_exchange_time,
@@ -20,6 +21,7 @@ from mamba2_dist.parallel.cost_model import (
     exchange_time,
     gather_time,
     nodes_of,
+    worth_processors,
 )
 from mamba2_dist.parallel.groups import Group, ParallelGroups
 
@@ -259,8 +261,9 @@ def _scores(sizes: Sizes) -> float:
 
 
 def _states(sizes: Sizes, backend: str) -> tuple[float, float]:
-    """Seconds that states travel, and that are not hidden: forward behind z's projection, backward behind the two
-    products of its gradient."""
+    """Seconds that states travel, and that are not hidden, or cost where they are: forward by z's projection, backward
+    by the two products of its gradient. Those leave processors to the exchange, or it begins when the first has ended.
+    """
     if sizes.split.cp == 1 or not sizes.count("M"):
         return 0.0, 0.0
     state, decay = sizes.element_bytes
@@ -268,7 +271,10 @@ def _states(sizes: Sizes, backend: str) -> tuple[float, float]:
     place = (sizes.split.cp, sizes.cp_nodes, sizes.segments, state, sizes.machine)
     forward = exchange_time(backend, *place, decay_bytes=decay)
     backward = exchange_time(backend, *place)
-    exposed = max(forward - window, 0.0) + max(backward - 2 * window, 0.0)
+    exposed = forward + max(backward - window, 0.0)
+    if sizes.cp_nodes > 1 and worth_processors(forward, window):
+        slower = SLOWER * window
+        exposed = 3 * (slower - window) + max(forward - slower, 0.0) + max(backward - 2 * slower, 0.0)
     return sizes.count("M") * (forward + backward), sizes.count("M") * exposed
 
 

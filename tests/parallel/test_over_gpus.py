@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mamba2_dist import Mamba2Config, Mamba2Mixer, ParallelGroups, SegmentTable
+from mamba2_dist.parallel.cost_model import EXCHANGE_PROCESSORS
 
 from ..distributed import run_ranks
 from ..splits import SCANS, assert_same_gradients, groups_of
@@ -16,6 +17,7 @@ def _against_one(layout: str, scan: str) -> None:
     """More than once, in buffers that take turns, and without a pause between layers that share them."""
     # each GPU as a node, or states would travel as slices
     groups = groups_of(1, 2, node_size=1 if scan == "hierarchical" else None)
+    assert groups.states.processors == (EXCHANGE_PROCESSORS if scan == "hierarchical" else 0)
     rank = torch.distributed.get_rank()
     table = getattr(SegmentTable, layout)(1024, 2, documents=DOCUMENTS)
     alone = SegmentTable.contiguous(1024, 1, documents=DOCUMENTS)

@@ -9,7 +9,7 @@ import torch
 
 from mamba2_dist import AttentionConfig, HybridConfig, HybridModel, Mamba2Config, ParallelConfig
 from mamba2_dist.config import MLPConfig
-from mamba2_dist.parallel.cost_model import H200, Link, exchange_time
+from mamba2_dist.parallel.cost_model import H200, SLOWER, Link, exchange_time
 from mamba2_dist.train.config import DataConfig, TrainConfig
 from mamba2_dist.train.step_model import Sizes, choose_layout, model_step, parameter_counts
 
@@ -59,8 +59,8 @@ def test_measured_long_sequences(seqlen):
     assert step.memory_bytes / 2**30 == pytest.approx(row["peak_GiB"], rel=0.05)
 
 
-def test_states_hide_behind_z():
-    """Forward a product of z's rows, backward two."""
+def test_states_hide_behind_the_last_product_of_z():
+    """Backward the second of its gradient; forward there is one, which ends before they travel."""
     config = _config(cp=8)
     window = 8192 * 2 * 2560 * 5120 / H200.matmul_flops
     state, decay = 4 * 80 * 64 * 128, 4 * 80
@@ -69,10 +69,30 @@ def test_states_hide_behind_z():
     backward = exchange_time("all_gather", 8, 1, 1, state, slow)
     step = model_step(config, "all_gather", slow)
     assert step.exchange_s == pytest.approx(64 * (forward + backward))
-    assert step.exposed["states"] == pytest.approx(64 * (forward + backward - 3 * window))
-    assert model_step(config, "all_gather", H200).exposed["states"] == 0
+    assert step.exposed["states"] == pytest.approx(64 * (forward + backward - window))
     exposed = model_step(config, "all_gather", H200).exposed
+    forward = exchange_time("all_gather", 8, 1, 1, state, H200, decay_bytes=decay)
+    assert exposed["states"] == pytest.approx(64 * forward)
     assert exposed["halo"] == exposed["keys"] == exposed["tensor"] == exposed["imbalance"] == 0
+
+
+def test_between_nodes_products_of_z_leave_processors_to_states():
+    """And are slower, forward one and backward two."""
+    config = _config(cp=16, seqlen=16 * 8192)
+    window = 8192 * 2 * 2560 * 5120 / H200.matmul_flops
+    for latency in (0.5 * window, 3 * window):
+        slow = replace(H200, rail=Link(latency, 1e15))
+        forward, backward = (
+            exchange_time("hierarchical", 16, 2, 1, 4 * 80 * 64 * 128, slow, decay_bytes=bytes) for bytes in (320, 0)
+        )
+        exposed = model_step(config, "hierarchical", slow).exposed["states"]
+        slower = SLOWER * window
+        beyond = max(forward - slower, 0) + max(backward - 2 * slower, 0)
+        assert exposed == pytest.approx(64 * (3 * (slower - window) + beyond))
+    # more tokens: the exchange may as well follow the product
+    config = _config(cp=16, seqlen=16 * 65536)
+    forward = exchange_time("hierarchical", 16, 2, 1, 4 * 80 * 64 * 128, H200, decay_bytes=320)
+    assert model_step(config, "hierarchical", H200).exposed["states"] == pytest.approx(64 * forward)
 
 
 def test_the_halo_hides_behind_the_convolution():
