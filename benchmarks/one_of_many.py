@@ -32,7 +32,7 @@ NODE = 8
 # threads, registers and shared memory of NCCL's kernels, which leave no room for them beside a product's
 THREADS, SHARED = 640, 84 * 1024
 SOURCE = """
-extern "C" __global__ void __launch_bounds__(640, 1) nccl_stand_in(int ns, float* some) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) nccl_stand_in(int ns, float* some) {
     extern __shared__ float shared[];
     float kept[64];
     for (int i = 0; i < 64; i++) kept[i] = some[i];
@@ -57,7 +57,7 @@ class Wire:
     on = False
 
     def __init__(self):
-        self.kernel = torch.cuda._compile_kernel(SOURCE, "nccl_stand_in")
+        self.kernel = torch.cuda._compile_kernel(SOURCE.replace("THREADS", str(THREADS)), "nccl_stand_in")
         self.kernel.set_shared_memory_config(SHARED)
         self.some, self.stream = torch.zeros(THREADS, device="cuda"), torch.cuda.Stream()
 
@@ -122,7 +122,7 @@ def measure(wire: Wire, ranks: int, tokens: int, d_model: int, ngroups: int, opt
 
     def side(on: bool, processors: int) -> Call:
         def call() -> None:
-            wire.on, mixer.states = on, replace(groups.states, processors=processors)
+            wire.on, mixer.states = on, replace(groups.states, max_processors=processors)
             step()
 
         return call
@@ -135,13 +135,15 @@ def measure(wire: Wire, ranks: int, tokens: int, d_model: int, ngroups: int, opt
         times["beside"], times["after"], "exchanges after z's products", "ms",
     )  # fmt: skip
     row |= {"no_messages": times["none"], "host_ms": host_ms(calls["none"])}
+    limited, flops = replace(groups.states, max_processors=EXCHANGE_PROCESSORS), 2.0 * tokens * d_model * 2 * d_model
+    row["left"] = state_scan.processors_wanted(limited, "hierarchical", 1, state_bytes, flops)
     for name in ("after", "beside"):
         row[f"exposed_{name}"], row["communication"] = communication_ms(kernel_spans(calls[name]))
     return row
 
 
 def host_ms(call: Call, count: int = 30) -> float:
-    """What launching a call takes, whatever the GPU does."""
+    """What launching a call takes, whatever the GPU does; NCCL's own launches are not among it."""
     times = []
     for _ in range(count):
         torch.cuda.synchronize()
@@ -161,7 +163,7 @@ def main() -> None:
     if any(ranks % NODE or ranks == NODE for ranks in options.ranks):
         parser.error(f"--ranks must be several nodes of {NODE}, got {options.ranks}")
     results, wire = origin() | {"rows": []}, Wire()
-    print(f"{'':64} {'none':>9} {'after':>9} {'beside':>9} {'host':>9}  ms; exposed, us: after, beside, of all")
+    print(f"{'':64} {'none':>9} {'after':>9} {'beside':>9} {'host':>9} ms, left; exposed, us: after, beside, of all")
     for ranks in options.ranks:
         dist.init_process_group("cpu:fake,cuda:fake", store=FakeStore(), rank=ranks // 2, world_size=ranks)
         for tokens in options.tokens:
@@ -170,6 +172,7 @@ def main() -> None:
                 results["rows"].append(row)
                 times = "".join(f"{row[name]:10.3f}" for name in ("no_messages", "peer", "ours", "host_ms"))
                 names = ("exposed_after", "exposed_beside", "communication")
+                times += f"{row['left']:5}"
                 print(f"{row['case']:64}{times}" + "".join(f"{row[name] * 1e3:8.0f}" for name in names), flush=True)
                 write(results, "one-of-many")
                 torch.cuda.empty_cache()

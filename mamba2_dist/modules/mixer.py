@@ -214,7 +214,7 @@ class Mamba2Mixer(PartitionedModule):
 
     def _project(self, u: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
         """x, B, C and dt side by side, and what computes z, which is needed last and whose gradient comes first: beside
-        it states travel between ranks, on processors that it may leave free."""
+        it states travel between ranks, on processors that it may be asked to leave free."""
         return self.in_proj.in_two(u, self.share.d_inner_local)
 
     def _heads(self, x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,7 +240,7 @@ class Mamba2Mixer(PartitionedModule):
         over = self.scan(x, dt, A, B, C, self.config.chunk_size, segments, self.states, carry=carry, **options)
         del x, B, C
         tokens, d_model = dt.shape[0] * dt.shape[1], self.in_proj.weight.shape[1]
-        gate = z(over.processors(2.0 * tokens * d_model * self.share.d_inner_local))
+        gate = z(over.processors_wanted(2.0 * tokens * d_model * self.share.d_inner_local))
         y, scan = over.outputs()
 
         def again(x: Tensor, B: Tensor, C: Tensor) -> Tensor:

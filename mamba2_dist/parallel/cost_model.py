@@ -35,9 +35,9 @@ NEARLY = 1.1  # as cheap
 SCORES_SHARE = 0.5
 """Speed of attention's products as a share of that of others; assumed."""
 EXCHANGE_PROCESSORS = 4
-"""Processors of a GPU, of 132, on which states travel between nodes."""
+"""Processors of a GPU, of 132, on which states travel between nodes; assumed to be enough for the links."""
 SLOWER = 132 / (132 - EXCHANGE_PROCESSORS)
-"""How much longer a product takes on the others."""
+"""How many times as long a product takes on the others."""
 
 
 @dataclass(frozen=True)

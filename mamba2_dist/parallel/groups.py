@@ -35,7 +35,7 @@ class Group:
     rail: "Group | None" = None
     nodes: int = 1  # that it lies on
     machine: Machine = H200  # what joins them
-    processors: int = 0  # of a GPU that its kernels run on at most, where there is a limit
+    max_processors: int = 0  # of a GPU that its kernels run on; 0: no limit
 
     @property
     def size(self) -> int:
@@ -132,7 +132,7 @@ class ParallelGroups:
             self.cp = _with_nodes(replace(self.cp, machine=machine), rows, node_size)
             # on one node an exchange is short, and may as well follow what is computed
             limit = EXCHANGE_PROCESSORS if self.cp.node is not None and _speaks_nccl(device_type) else 0
-            states = replace(Group.of("states", _along(rows, limit)), machine=machine, processors=limit)
+            states = replace(Group.of("states", _along(rows, limit)), machine=machine, max_processors=limit)
             self.states = _with_nodes(states, rows, node_size)
             _meet(self.states, device_type)
         joined = init_device_mesh(device_type, (pp, dp * cp, tp), mesh_dim_names=("pp", "data", "tp"))
@@ -195,17 +195,21 @@ def _meet(group: Group, device_type: str) -> None:
 
 
 def _speaks_nccl(device_type: str) -> bool:
-    return device_type == "cuda" and "cuda:nccl" in dist.get_backend_config()
+    cuda = device_type == "cuda" and torch.version.cuda is not None
+    return cuda and "cuda:nccl" in dist.get_backend_config()
 
 
-def _along(rows: torch.Tensor, processors: int = 0) -> dist.ProcessGroup:
-    """This rank's row of `rows` as a new communicator; every process of the world must call it. processors: that NCCL's
-    kernels run on at most; 0: as many as it likes."""
-    options = None
-    if processors:
+def _along(rows: torch.Tensor, max_processors: int = 0) -> dist.ProcessGroup:
+    """This rank's row of `rows` as a new communicator; every process of the world must call it. max_processors: of a
+    GPU that NCCL's kernels run on; 0: as many as it likes."""
+    options = timeout = None
+    if max_processors:
         options = dist.ProcessGroupNCCL.Options()
-        options.config.max_ctas = processors
-    return dist.new_subgroups_by_enumeration(rows.tolist(), pg_options=options)[0]
+        # a block at a time: clusters would need free processors that are neighbours
+        options.config.max_ctas, options.config.cga_cluster_size = max_processors, 1
+        timeout = dist.group.WORLD._get_backend(torch.device("cuda")).options._timeout
+        options._timeout = timeout
+    return dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout, pg_options=options)[0]
 
 
 def _with_nodes(group: Group, rows: torch.Tensor, node_size: int) -> Group:
@@ -218,6 +222,8 @@ def _with_nodes(group: Group, rows: torch.Tensor, node_size: int) -> Group:
     if group.size % nodes or (on_node.view(len(rows), nodes, size) != on_node[:, ::size, None]).any():
         return replace(group, nodes=nodes)
     parts = rows.view(-1, nodes, size)
-    node = Group.of(f"{group.name} node", _along(parts.flatten(0, 1), group.processors))
-    rail = Group.of(f"{group.name} rail", _along(parts.transpose(1, 2).flatten(0, 1), group.processors))
+    limit = group.max_processors
+    node = Group.of(f"{group.name} node", _along(parts.flatten(0, 1), limit))
+    rail = Group.of(f"{group.name} rail", _along(parts.transpose(1, 2).flatten(0, 1), limit))
+    node, rail = (replace(part, max_processors=limit) for part in (node, rail))
     return replace(group, node=node, rail=rail, nodes=nodes)

@@ -58,7 +58,7 @@ class SerialSSD:
         self.tensors: tuple | None = (x, dt, A, B, C, D, dt_bias)
         self.entering: list[Any] = []  # of each slot, once it is known
 
-    def processors(self, flops: float) -> int:
+    def processors_wanted(self, flops: float) -> int:
         """None: nothing travels before `outputs`."""
         return 0
 

@@ -76,14 +76,13 @@ class SSDOverSegments:
         initial = None if carry is None else carry.initial_states
         self.opened = None if self.alone else _Leave.apply(self, initial, *self.tensors)
 
-    def processors(self, flops: float) -> int:
-        """How many of a GPU's the exchange needs for itself, where a product of so many operations is computed beside
-        it."""
+    def processors_wanted(self, flops: float) -> int:
+        """By the exchange, of a product of so many operations that is computed beside it."""
         if self.alone:
             return 0
         batch, _, nheads, headdim = self.shape
         state_bytes = 4 * batch * nheads * headdim * self.d_state
-        return state_scan.processors(self.group, self.scan, self.table.slots_per_rank, state_bytes, flops)
+        return state_scan.processors_wanted(self.group, self.scan, self.table.slots_per_rank, state_bytes, flops)
 
     def outputs(self) -> tuple[Tensor, Callable[..., Tensor]]:
         """y like x, and what gives it again of the same (x, dt, A, B, C, D, dt_bias) without communicating."""

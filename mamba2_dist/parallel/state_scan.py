@@ -136,15 +136,15 @@ def chosen(group: Group, segments: int, state_bytes: int) -> Backend:
 _exchange_time = functools.cache(exchange_time)
 
 
-def processors(group: Group, backend: StateScan, segments: int, state_bytes: int, flops: float) -> int:
-    """How many processors of its GPU an exchange over `group` needs for itself, where it travels beside a product of
-    `flops` operations: none where it may as well follow the product."""
-    if group.processors == 0:
+def processors_wanted(group: Group, backend: StateScan, segments: int, state_bytes: int, flops: float) -> int:
+    """How many processors of its GPU a product of `flops` operations should leave to an exchange over `group` beside
+    it: none where that may as well follow."""
+    if group.max_processors == 0:
         return 0
     if backend == "auto":
         backend = chosen(group, segments, state_bytes)
     exchange_s = _exchange_time(backend, group.size, group.nodes, segments, state_bytes, group.machine)
-    return group.processors if worth_processors(exchange_s, flops / group.machine.matmul_flops) else 0
+    return group.max_processors if worth_processors(exchange_s, flops / group.machine.matmul_flops) else 0
 
 
 def state_scan(state: Tensor, decay: Tensor, table: SegmentTable, group: Group, backend: StateScan) -> Tensor:

@@ -261,8 +261,8 @@ def _scores(sizes: Sizes) -> float:
 
 
 def _states(sizes: Sizes, backend: str) -> tuple[float, float]:
-    """Seconds that states travel, and that are not hidden, or cost where they are: forward by z's projection, backward
-    by the two products of its gradient. Those leave processors to the exchange, or it begins when the first has ended.
+    """Seconds that states travel, and that the step is longer for it: forward they are beside z's projection, backward
+    beside the two products of its gradient. These leave processors to the exchange, or it begins when the first ends.
     """
     if sizes.split.cp == 1 or not sizes.count("M"):
         return 0.0, 0.0
@@ -272,7 +272,7 @@ def _states(sizes: Sizes, backend: str) -> tuple[float, float]:
     forward = exchange_time(backend, *place, decay_bytes=decay)
     backward = exchange_time(backend, *place)
     exposed = forward + max(backward - window, 0.0)
-    if sizes.cp_nodes > 1 and worth_processors(forward, window):
+    if sizes.cp_nodes > 1 and worth_processors(backward, window):
         slower = SLOWER * window
         exposed = 3 * (slower - window) + max(forward - slower, 0.0) + max(backward - 2 * slower, 0.0)
     return sizes.count("M") * (forward + backward), sizes.count("M") * exposed

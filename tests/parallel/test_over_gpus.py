@@ -17,7 +17,10 @@ def _against_one(layout: str, scan: str) -> None:
     """More than once, in buffers that take turns, and without a pause between layers that share them."""
     # each GPU as a node, or states would travel as slices
     groups = groups_of(1, 2, node_size=1 if scan == "hierarchical" else None)
-    assert groups.states.processors == (EXCHANGE_PROCESSORS if scan == "hierarchical" else 0)
+    if scan == "hierarchical":
+        for group in (groups.states, groups.states.rail):
+            config = group.handle._get_backend(torch.device("cuda")).options.config
+            assert (config.max_ctas, config.cga_cluster_size) == (EXCHANGE_PROCESSORS, 1)
     rank = torch.distributed.get_rank()
     table = getattr(SegmentTable, layout)(1024, 2, documents=DOCUMENTS)
     alone = SegmentTable.contiguous(1024, 1, documents=DOCUMENTS)

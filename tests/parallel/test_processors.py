@@ -1,17 +1,19 @@
 """Processors that products leave to what travels beside them."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from mamba2_dist import Mamba2Config, Mamba2Mixer, ParallelGroups, SegmentTable
-from mamba2_dist.modules import linear
+from mamba2_dist.modules import init, linear
+from mamba2_dist.modules.linear import ColumnParallelLinear
+from mamba2_dist.parallel import state_scan
 from mamba2_dist.parallel.cost_model import EXCHANGE_PROCESSORS, H200, SLOWER, exchange_time
 from mamba2_dist.parallel.groups import Group
-from mamba2_dist.parallel.processors import processors_left
-from mamba2_dist.parallel.state_scan import processors
+from mamba2_dist.parallel.partition import replicated
 
 from ..distributed import run_ranks
 from ..tolerances import RELATIVE, assert_close
@@ -22,67 +24,83 @@ STATE = 4 * 80 * 64 * 128
 def _many(limit: int) -> Group:
     """1024 ranks on 128 nodes."""
     ranks = tuple(range(1024))
-    return Group("states", ranks, node=Group("node", ranks[:8]), nodes=128, processors=limit)
+    return Group("states", ranks, node=Group("node", ranks[:8]), nodes=128, max_processors=limit)
 
 
-def test_where_exchanges_want_processors_of_their_own():
+def test_where_exchanges_want_processors():
     """Where three products that are slower cost less than one exchange that follows a product."""
     exchange_s = exchange_time("hierarchical", 1024, 128, 1, STATE, H200)
     worth = H200.matmul_flops * exchange_s / (3 * (SLOWER - 1))
     for backend in ("auto", "hierarchical"):
-        assert processors(_many(EXCHANGE_PROCESSORS), backend, 1, STATE, 0.99 * worth) == EXCHANGE_PROCESSORS
-        assert processors(_many(EXCHANGE_PROCESSORS), backend, 1, STATE, 1.01 * worth) == 0
-        assert processors(_many(0), backend, 1, STATE, 0.99 * worth) == 0
+        wanted = lambda limit, flops: state_scan.processors_wanted(_many(limit), backend, 1, STATE, flops)  # noqa: B023, E731
+        assert wanted(EXCHANGE_PROCESSORS, 0.99 * worth) == EXCHANGE_PROCESSORS
+        assert wanted(EXCHANGE_PROCESSORS, 1.01 * worth) == wanted(0, 0.99 * worth) == 0
 
 
-def _asked_for(scan: str, recompute: str) -> list[tuple[int, str]]:
-    groups = ParallelGroups(cp=2, node_size=1)
-    assert groups.states.processors == 0  # these processes have no GPU
-    groups.states = replace(groups.states, processors=3)
-    mixer = Mamba2Mixer(Mamba2Config(d_state=6, headdim=4), 16, groups, state_scan=scan, recompute=recompute)
-    asked, original = [], linear.processors_left
-    linear.processors_left = lambda count, device: asked.append((count, device.type)) or original(count, device)
+def _asked_for(scan: str, layout: str, recompute: str) -> tuple[list, list]:
+    """What is asked of the model by a mixer of 24 channels in two heads, and what its products leave."""
+    groups = ParallelGroups(tp=2, cp=2, node_size=2)
+    assert groups.states.max_processors == 0  # these processes have no GPU
+    groups.states = replace(groups.states, max_processors=3)
+    mixer = Mamba2Mixer(Mamba2Config(d_state=6, headdim=12), 12, groups, state_scan=scan, recompute=recompute)
+    asked, left, wanted, original = [], [], state_scan.processors_wanted, linear.processors_left
+    state_scan.processors_wanted = lambda group, *rest: asked.append(rest) or wanted(group, *rest)
+    linear.processors_left = lambda count, device: left.append(count) or original(count, device)
     try:
-        y = mixer(torch.randn(1, 4, 16, requires_grad=True), SegmentTable.contiguous(8, 2))
+        y = mixer(torch.randn(5, 4, 12, requires_grad=True), getattr(SegmentTable, layout)(8, 2, batch=5))
         y.sum().backward()
     finally:
-        linear.processors_left = original
-    return asked
+        state_scan.processors_wanted, linear.processors_left = wanted, original
+    return asked, left
 
 
+@pytest.mark.parametrize(("layout", "segments"), [("contiguous", 1), ("zigzag", 2)])
 @pytest.mark.parametrize("recompute", ["none", "inner"])
-def test_products_of_z_leave_them_in_both_passes(recompute):
-    for asked in run_ranks(2, _asked_for, "auto", recompute):
-        assert asked == [(3, "cpu")] * 2
+def test_products_of_z_leave_them_in_both_passes(layout, segments, recompute):
+    """Of a rank's share of tokens and heads."""
+    for asked, left in run_ranks(4, _asked_for, "log_step", layout, recompute):
+        assert asked == [("log_step", segments, 4 * 5 * 12 * 6, 2 * 5 * 4 * 12 * 12)]
+        assert left == [3, 3]
 
 
 def test_states_that_are_handed_on_have_nothing_beside_them():
-    for asked in run_ranks(2, _asked_for, "serial_exact", "none"):
-        assert asked == [(0, "cpu")] * 2
-
-
-def _product(u, weight, left, path) -> tuple[torch.Tensor, int]:
-    """u W^T, and how many processors its kernel runs on."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        with processors_left(left, u.device):
-            y = u @ weight.T
-        torch.cuda.synchronize()
-    profile.export_chrome_trace(str(path))
-    kernels = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("cat") == "kernel"]
-    x, y_blocks, z = max(kernels, key=lambda kernel: kernel["dur"])["args"]["grid"]
-    return y, x * y_blocks * z
+    for asked, left in run_ranks(4, _asked_for, "serial_exact", "contiguous", "none"):
+        assert (asked, left) == ([], [0, 0])
 
 
 @pytest.mark.gpu
-def test_a_product_leaves_processors(tmp_path):
-    """To others for as long as it runs; the next has all again."""
-    u, weight = (torch.randn(rows, 2560, device="cuda", dtype=torch.bfloat16) for rows in (32768, 5120))
-    u @ weight.T
-    all_of_them = torch.cuda.get_device_properties("cuda").multi_processor_count
-    before, used_before = _product(u, weight, 0, tmp_path / "before")
-    left, used = _product(u, weight, EXCHANGE_PROCESSORS, tmp_path / "left")
-    _, used_after = _product(u, weight, 0, tmp_path / "after")
-    if used_before > all_of_them:
-        pytest.skip("this cuBLAS gives up processors between tiles")
-    assert used <= all_of_them - EXCHANGE_PROCESSORS < used_before == used_after
-    assert_close(left, before, RELATIVE[torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["weights bf16", "weights fp32"])
+def test_three_products_leave_processors(dtype, tmp_path):
+    """Those of the channels computed second, of the gradient too; the others have all processors."""
+    alone = ParallelGroups.alone().tp
+    layer = ColumnParallelLinear(
+        2560, replicated(10240, 1), alone, init.projection(2560), shared_by=alone, device="cuda", dtype=dtype
+    )
+    u, dy = (torch.randn(1, 32768, size, device="cuda", dtype=torch.bfloat16) for size in (2560, 5120))
+
+    def step(left: int) -> list[torch.Tensor]:
+        layer.weight.grad = None
+        leaf = u.detach().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            last, first = layer.in_two(leaf, 5120)
+            z = first(left)
+        torch.autograd.backward([z, last], [dy, dy])
+        return [z.detach(), leaf.grad, layer.weight.grad]
+
+    with torch.no_grad():
+        layer.weight.normal_()
+    expected = step(0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        results = step(EXCHANGE_PROCESSORS)
+        torch.cuda.synchronize()
+    profile.export_chrome_trace(str(tmp_path / "trace"))
+    events = json.loads((tmp_path / "trace").read_text())["traceEvents"]
+    products = [event for event in events if event.get("cat") == "kernel" and event["dur"] > 500]
+    used = [math.prod(event["args"]["grid"]) for event in sorted(products, key=lambda event: event["ts"])]
+    count = torch.cuda.get_device_properties("cuda").multi_processor_count
+    if used[0] > count:
+        pytest.skip("here products give up processors before they end")
+    # forward of both, backward of the second and of the first: of u and of the weight
+    assert [blocks <= count - EXCHANGE_PROCESSORS for blocks in used] == [False, True, True, True, False, False], used
+    for result, reference in zip(results, expected, strict=True):
+        assert_close(result, reference, RELATIVE[torch.bfloat16])
