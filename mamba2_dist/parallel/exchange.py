@@ -211,7 +211,7 @@ def _log_step(
     for outgoing, incoming, staying in rounds:
         seen = [e if b is None else _then(b, e) for e, b in zip(own, before, strict=True)]
         size = own[0].states.numel() + own[0].decays.numel() if own else 0
-        sent = {peer: torch.cat([_pack(seen[i]) for i in places]) for peer, places in outgoing.items()}
+        sent = {peer: torch.cat([t.flatten() for i in places for t in seen[i]]) for peer, places in outgoing.items()}
         got = yield Messages(sent, {peer: size * len(places) for peer, places in incoming.items()}, like, within)
         arrived = {to: seen[place] for place, to in staying}
         for peer, places in incoming.items():
