@@ -27,14 +27,13 @@ def _many(limit: int) -> Group:
     return Group("states", ranks, node=Group("node", ranks[:8]), nodes=128, max_processors=limit)
 
 
-def test_where_exchanges_want_processors():
+@pytest.mark.parametrize("backend", ["auto", "hierarchical"])
+@pytest.mark.parametrize(("limit", "share", "wanted"), [(4, 0.99, 4), (4, 1.01, 0), (0, 0.99, 0)])
+def test_where_exchanges_want_processors(backend, limit, share, wanted):
     """Where three products that are slower cost less than one exchange that follows a product."""
     exchange_s = exchange_time("hierarchical", 1024, 128, 1, STATE, H200)
-    worth = H200.matmul_flops * exchange_s / (3 * (SLOWER - 1))
-    for backend in ("auto", "hierarchical"):
-        wanted = lambda limit, flops: state_scan.processors_wanted(_many(limit), backend, 1, STATE, flops)  # noqa: B023, E731
-        assert wanted(EXCHANGE_PROCESSORS, 0.99 * worth) == EXCHANGE_PROCESSORS
-        assert wanted(EXCHANGE_PROCESSORS, 1.01 * worth) == wanted(0, 0.99 * worth) == 0
+    flops = share * H200.matmul_flops * exchange_s / (3 * (SLOWER - 1))
+    assert state_scan.processors_wanted(_many(limit), backend, 1, STATE, flops) == wanted
 
 
 def _asked_for(scan: str, layout: str, recompute: str) -> tuple[list, list]:
