@@ -207,8 +207,9 @@ def _along(rows: torch.Tensor, max_processors: int = 0) -> dist.ProcessGroup:
         options = dist.ProcessGroupNCCL.Options()
         # a block at a time: clusters would need free processors that are neighbours
         options.config.max_ctas, options.config.cga_cluster_size = max_processors, 1
-        timeout = dist.group.WORLD._get_backend(torch.device("cuda")).options._timeout
-        options._timeout = timeout
+        world = dist.group.WORLD
+        assert world is not None
+        timeout = options._timeout = world._get_backend(torch.device("cuda")).options._timeout
     return dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout, pg_options=options)[0]
 
 
