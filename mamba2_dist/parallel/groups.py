@@ -71,7 +71,8 @@ class ParallelGroups:
 
     Ranks stand in the mesh (pp, dp, cp, tp) in row-major order, so that a tp group and then a cp group share a node.
     `data` joins dp and cp: parameters are the same on all of it and gradients are summed over it. `states` is cp again,
-    with communicators of its own where it has several ranks: states travel while others are at work.
+    with communicators of its own where it has several ranks: states travel while others are at work. Where it spans
+    nodes evenly, NCCL's kernels for them run on at most `cost_model.EXCHANGE_PROCESSORS` processors of a GPU.
 
     tp, cp, pp: sizes; dp: size, or None for whatever the world leaves.
     node_size: processes of a node, which are neighbours; None: as torchrun says, or all.
