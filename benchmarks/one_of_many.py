@@ -9,7 +9,6 @@ are never late here.
 """
 
 import argparse
-import functools
 import statistics
 import time
 from dataclasses import replace
@@ -24,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mamba2_dist import Mamba2Config, Mamba2Mixer, ParallelGroups, SegmentTable
 from mamba2_dist.parallel import halo, state_scan
-from mamba2_dist.parallel.collectives import Arriving
+from mamba2_dist.parallel.collectives import Arriving, begin_rows
 from mamba2_dist.parallel.cost_model import EXCHANGE_PROCESSORS, H200, operations
 from mamba2_dist.parallel.messages import Messages, ProcessGroups
 
@@ -102,13 +101,11 @@ def messages_take_time(wire: Wire, ranks: int, state_bytes: int) -> None:
                 wire.take(seconds)
             return brought
 
-    def begin_rows(begin, tensor, group, sent, received) -> Arriving:
-        rows = begin(tensor, group, sent, received).tensor
+    def timed_rows(*arguments) -> Arriving:
+        rows = begin_rows(*arguments).tensor
         return Arriving(rows, wire.begin(H200.rail.time(rows.nbytes)))
 
-    state_scan.ProcessGroups = Timed
-    begin = getattr(halo.begin_rows, "args", [halo.begin_rows])[0]
-    halo.begin_rows = functools.partial(begin_rows, begin)
+    state_scan.ProcessGroups, halo.begin_rows = Timed, timed_rows
 
 
 def measure(wire: Wire, ranks: int, tokens: int, d_model: int, ngroups: int, options: argparse.Namespace) -> dict:
@@ -135,7 +132,8 @@ def measure(wire: Wire, ranks: int, tokens: int, d_model: int, ngroups: int, opt
         times["beside"], times["after"], "exchanges after z's products", "ms",
     )  # fmt: skip
     row |= {"no_messages": times["none"], "host_ms": host_ms(calls["none"])}
-    limited, flops = replace(groups.states, max_processors=EXCHANGE_PROCESSORS), 2.0 * tokens * d_model * 2 * d_model
+    limited = replace(groups.states, max_processors=EXCHANGE_PROCESSORS)
+    flops = 2.0 * tokens * d_model * config.d_inner(d_model)
     row["left"] = state_scan.processors_wanted(limited, "hierarchical", 1, state_bytes, flops)
     for name in ("after", "beside"):
         row[f"exposed_{name}"], row["communication"] = communication_ms(kernel_spans(calls[name]))
