@@ -130,12 +130,7 @@ class ParallelGroups:
             if node_size is None:
                 node_size = int(os.environ.get("LOCAL_WORLD_SIZE", world))
             node_size, machine = _agreed(node_size, machine)
-            self.cp = _with_nodes(replace(self.cp, machine=machine), rows, node_size)
-            # on one node an exchange is short, and may as well follow what is computed
-            limit = EXCHANGE_PROCESSORS if self.cp.node is not None and _speaks_nccl(device_type) else 0
-            states = replace(Group.of("states", _along(rows, limit)), machine=machine, max_processors=limit)
-            self.states = _with_nodes(states, rows, node_size)
-            _meet(self.states, device_type)
+            self._join_cp(rows, node_size, machine, device_type)
         joined = init_device_mesh(device_type, (pp, dp * cp, tp), mesh_dim_names=("pp", "data", "tp"))
         self.data_mesh = joined["data"]
         self.data = Group.of("data", joined.get_group("data"))
@@ -147,10 +142,51 @@ class ParallelGroups:
         groups._set_alone()
         return groups
 
+    @classmethod
+    def over(
+        cls,
+        tp: dist.ProcessGroup,
+        cp: dist.ProcessGroup,
+        *,
+        node_size: int | None = None,
+        machine: Machine = H200,
+    ) -> "ParallelGroups":
+        """The tp and cp of a layer over communicators that a framework has made; pp and dp stay with the framework.
+
+        The other communicators of cp are made here by its ranks alone: all of them must come here, in the same order
+        where they come several times. node_size, machine: as above, those of cp's first rank.
+        """
+        groups = cls.alone()
+        groups.tp, groups.cp = Group.of("tp", tp), Group.of("cp", cp)
+        if groups.cp.size > 1:
+            speaks_gloo = dist.get_backend(cp) == "gloo"
+            device_type = "cuda" if torch.cuda.is_available() and not speaks_gloo else "cpu"
+            if node_size is None:
+                node_size = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+            node_size, machine = _agreed(node_size, machine, cp)
+            groups._join_cp(torch.tensor([groups.cp.ranks]), node_size, machine, device_type, cp)
+        return groups
+
     def _set_alone(self) -> None:
         self.tp, self.cp, self.pp, self.dp, self.data, self.states = (Group(name) for name in (*AXES, "data", "states"))
         self.data_mesh = None
         self._tp_parts = {}
+
+    def _join_cp(
+        self,
+        rows: torch.Tensor,
+        node_size: int,
+        machine: Machine,
+        device_type: str,
+        among: dist.ProcessGroup | None = None,
+    ) -> None:
+        """What cp is made of by node, and `states`."""
+        self.cp = _with_nodes(replace(self.cp, machine=machine), rows, node_size, among)
+        # on one node an exchange is short, and may as well follow what is computed
+        limit = EXCHANGE_PROCESSORS if self.cp.node is not None and _speaks_nccl(device_type) else 0
+        states = replace(Group.of("states", _along(rows, among, limit)), machine=machine, max_processors=limit)
+        self.states = _with_nodes(states, rows, node_size, among)
+        _meet(self.states, device_type)
 
     def __deepcopy__(self, memo: dict) -> "ParallelGroups":
         """Itself, as each of its groups."""
@@ -159,7 +195,7 @@ class ParallelGroups:
     def tp_part(self, size: int) -> Group:
         """The `size` neighbouring tp ranks that this rank stands among, as a group of their own.
 
-        The first call for a size makes communicators: every rank of the world must make the same calls.
+        The first call for a size makes a communicator: all of them must make the same calls.
         """
         if size == self.tp.size:
             return self.tp
@@ -170,15 +206,18 @@ class ParallelGroups:
             first = self.tp.rank // size * size
             return Group("tp part", self.tp.ranks[first : first + size], self.tp.rank % size)
         if size not in self._tp_parts:
-            handle, _ = dist.new_subgroups(size)
+            handle = _along(torch.tensor(self.tp.ranks).view(-1, size), self.tp.handle)
             self._tp_parts[size] = Group.of("tp part", handle)
         return self._tp_parts[size]
 
 
-def _agreed(node_size: int, machine: Machine) -> tuple[int, Machine]:
-    """The node size of all and the machine of rank 0. Raises ValueError on every rank unless node sizes are equal."""
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, (node_size, machine))
+def _agreed(node_size: int, machine: Machine, among: dist.ProcessGroup | None = None) -> tuple[int, Machine]:
+    """The node size of all and the machine of the first. Raises ValueError on every rank unless node sizes are equal.
+
+    among: those who are asked; None: the world.
+    """
+    told: list[Any] = [None] * dist.get_world_size(among)
+    dist.all_gather_object(told, (node_size, machine), group=among)
     sizes = sorted({size for size, _ in told})
     if len(sizes) > 1:
         raise ValueError(
@@ -200,22 +239,43 @@ def _speaks_nccl(device_type: str) -> bool:
     return cuda and "cuda:nccl" in dist.get_backend_config()
 
 
-def _along(rows: torch.Tensor, max_processors: int = 0) -> dist.ProcessGroup:
-    """This rank's row of `rows` as a new communicator; every process of the world must call it. max_processors: of a
-    GPU that NCCL's kernels run on; 0: as many as it likes."""
+def _along(rows: torch.Tensor, among: dist.ProcessGroup | None = None, max_processors: int = 0) -> dist.ProcessGroup:
+    """This rank's row of `rows` as a new communicator.
+
+    among: who come here, the ranks of `rows`; None: the world. max_processors: of a GPU that NCCL's kernels run on; 0:
+    as many as it likes.
+    """
     options = timeout = None
+    world = dist.group.WORLD
+    assert world is not None
     if max_processors:
         options = dist.ProcessGroupNCCL.Options()
         # a block at a time: clusters would need free processors that are neighbours
         options.config.max_ctas, options.config.cga_cluster_size = max_processors, 1
-        world = dist.group.WORLD
-        assert world is not None
         timeout = options._timeout = world._get_backend(torch.device("cuda")).options._timeout
-    return dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout, pg_options=options)[0]
+    if among is None:
+        return dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout, pg_options=options)[0]
+    _make_as_many(among)
+    (row,) = (row for row in rows.tolist() if dist.get_rank() in row)
+    # a world that is bound to its devices would be split, for which all of it must come
+    bound, world.bound_device_id = world.bound_device_id, None
+    try:
+        return dist.new_group(row, timeout=timeout, pg_options=options, use_local_synchronization=True)
+    finally:
+        world.bound_device_id = bound
 
 
-def _with_nodes(group: Group, rows: torch.Tensor, node_size: int) -> Group:
-    """The group with its parts by node, if its ranks lie evenly on several; `rows` are all such groups of the world."""
+def _make_as_many(among: dist.ProcessGroup) -> None:
+    """Let the ranks of `among` have made as many groups each: a group that some make by themselves is known to them by
+    its ranks and how many each has made, and they would look for each other for ever."""
+    made: list[Any] = [None] * dist.get_world_size(among)
+    dist.all_gather_object(made, len(dist.distributed_c10d._world.pg_names), group=among)
+    for _ in range(max(made) - made[dist.get_rank(among)]):
+        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+
+
+def _with_nodes(group: Group, rows: torch.Tensor, node_size: int, among: dist.ProcessGroup | None = None) -> Group:
+    """The group with its parts by node, if its ranks lie evenly on several; `rows` are all such groups of `among`."""
     on_node = rows // node_size
     nodes = max(len(row.unique()) for row in on_node)
     if nodes == 1:
@@ -225,7 +285,7 @@ def _with_nodes(group: Group, rows: torch.Tensor, node_size: int) -> Group:
         return replace(group, nodes=nodes)
     parts = rows.view(-1, nodes, size)
     limit = group.max_processors
-    node = Group.of(f"{group.name} node", _along(parts.flatten(0, 1), limit))
-    rail = Group.of(f"{group.name} rail", _along(parts.transpose(1, 2).flatten(0, 1), limit))
+    node = Group.of(f"{group.name} node", _along(parts.flatten(0, 1), among, limit))
+    rail = Group.of(f"{group.name} rail", _along(parts.transpose(1, 2).flatten(0, 1), among, limit))
     node, rail = (replace(part, max_processors=limit) for part in (node, rail))
     return replace(group, node=node, rail=rail, nodes=nodes)

@@ -1,0 +1,19 @@
+"""Mamba-2 layers for megatron-core 0.16 to 0.19: `--spec mamba2_dist.adapters.megatron hybrid_stack_spec`."""
+
+from .layout import Layout, segment_table
+from .mixer import MegatronMamba2Mixer
+from .spec import hybrid_stack, hybrid_stack_spec
+from .torch_adam import prepare_torch_adam
+
+mamba_stack_spec = hybrid_stack_spec
+"""The name before 0.18."""
+
+__all__ = [
+    "Layout",
+    "MegatronMamba2Mixer",
+    "hybrid_stack",
+    "hybrid_stack_spec",
+    "prepare_torch_adam",
+    "mamba_stack_spec",
+    "segment_table",
+]

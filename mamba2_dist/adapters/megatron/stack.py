@@ -1,0 +1,59 @@
+"""Megatron's stack of layers, also without TransformerEngine and with full recomputation in every version."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from torch import Tensor, nn
+
+from mamba2_dist.config import require
+
+from .norm import Norm
+from .versions import HAVE_TE, HybridStack, version
+
+RECOMPUTES = importlib.util.find_spec("megatron.core.recompute") is not None
+"""Whether the stack itself heeds recompute_granularity 'full'; before 0.18 it ignores it."""
+
+
+class Stack(HybridStack):  # type: ignore[misc, valid-type]
+    """megatron-core's own stack but for the last norm, where TransformerEngine is missing, and full recomputation."""
+
+    def __init__(self, config: Any, submodules: Any, *args: Any, post_layer_norm: bool = True, **kwargs: Any):
+        super().__init__(config, submodules, *args, post_layer_norm=post_layer_norm and HAVE_TE, **kwargs)
+        if post_layer_norm and not HAVE_TE:
+            self.post_layer_norm = True
+            if self.post_process:
+                self.final_norm = Norm(config, config.hidden_size, config.layernorm_epsilon)
+        if config.recompute_granularity == "full" and not RECOMPUTES:
+            for layer in self.layers[: _recomputed_layers(config, len(self.layers))]:
+                layer.forward = _Recomputed(layer, layer.forward)
+
+
+def _recomputed_layers(config: Any, layers: int) -> int:
+    """How many of a stage's layers are recomputed, each by itself."""
+    each = config.recompute_num_layers
+    if config.recompute_method == "block":
+        return each
+    require(
+        each == 1,
+        f"recompute_num_layers ({each}) with recompute_method 'uniform' must be 1 in megatron-core {version}; "
+        "take 0.18 or newer for more",
+    )
+    return layers
+
+
+class _Recomputed:
+    """A layer's forward that keeps its input alone, and is run again in the backward pass."""
+
+    def __init__(self, layer: nn.Module, forward: Callable[..., Any]):
+        self.layer, self.forward = layer, forward
+
+    def __call__(self, hidden_states: Tensor, **others: Any) -> Any:
+        def run(hidden_states: Tensor) -> Any:
+            return self.forward(hidden_states=hidden_states, **others)
+
+        if not (self.layer.training and torch.is_grad_enabled()):
+            return run(hidden_states)
+        return tensor_parallel.checkpoint(run, self.layer.config.distribute_saved_activations, hidden_states)

@@ -1,0 +1,92 @@
+"""megatron-core's training code on a machine without a GPU, where it asks for one by name."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+
+CPU = torch.device("cpu")
+FACTORIES = "tensor zeros ones empty full arange rand randn zeros_like ones_like empty_like full_like as_tensor"
+
+
+class _Stream:
+    """What waits for nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def wait_stream(self, stream):
+        pass
+
+    wait_event = wait_stream
+
+    def synchronize(self):
+        pass
+
+    def record_event(self, *args):
+        return self
+
+
+def _on_cpu(make):
+    @functools.wraps(make)
+    def call(*args, **kwargs):
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
+        return make(*args, **kwargs)
+
+    return call
+
+
+def _cuda_type(tensor, *args, **kwargs):
+    kind = _type(tensor, *args, **kwargs)
+    # Megatron's optimizers know parameters by the name of their type on a GPU
+    return kind.replace("torch.", "torch.cuda.", 1) if isinstance(kind, str) and "cuda" not in kind else kind
+
+
+_type = torch.Tensor.type
+
+
+@contextlib.contextmanager
+def megatron_on_cpu() -> Iterator[None]:
+    """Inside, CUDA's names mean the CPU; nothing changes where there is a GPU."""
+    if torch.cuda.is_available():
+        yield
+        return
+    from megatron.core.tensor_parallel import random
+
+    cuda = {
+        "current_device": lambda: CPU,
+        "synchronize": lambda *a, **k: None,
+        "get_rng_state": lambda *a, **k: torch.get_rng_state(),
+        "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
+        "manual_seed": lambda seed: None,
+        "Stream": _Stream,
+        "current_stream": _Stream,
+        "default_stream": _Stream,
+        "stream": _Stream,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, value in cuda.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        for name in FACTORIES.split():
+            stack.enter_context(mock.patch.object(torch, name, _on_cpu(getattr(torch, name))))
+        for name, value in (("cuda", lambda tensor, *a, **k: tensor), ("type", _cuda_type)):
+            stack.enter_context(mock.patch.object(torch.Tensor, name, value))
+        states = {
+            "_get_cuda_rng_state": lambda *a, **k: torch.get_rng_state(),
+            "_set_cuda_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
+        }
+        for name, value in states.items():
+            stack.enter_context(mock.patch.object(random, name, value))
+        for name in ("range_push", "range_pop"):
+            stack.enter_context(mock.patch.object(torch.cuda.nvtx, name))
+        yield

@@ -1,0 +1,243 @@
+"""A few updates of a small hybrid under megatron-core, split in any way, from weights that do not depend on it."""
+
+import gc
+import hashlib
+import itertools
+import multiprocessing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from .megatron_on_cpu import megatron_on_cpu
+
+VOCABULARY, SEQLEN, ROWS = 64, 32, 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, how it is split, and where it is kept."""
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    pattern: str = "M*-M"
+    ngroups: int = 2
+    documents: tuple[int, ...] | None = None
+    """Offsets in a row, which is then packed and alone in its batch."""
+    steps: int = 5
+    clip: float = 0.5
+    config: dict = field(default_factory=dict)
+    spec: dict = field(default_factory=dict)
+    load: str | None = None
+    save: str | None = None
+
+
+def losses(run: Run) -> list[float]:
+    """The mean loss over all tokens before each update."""
+    with megatron_on_cpu():
+        return _Training(run).losses()
+
+
+class _Training:
+    def __init__(self, run: Run):
+        from megatron.core import parallel_state, tensor_parallel
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.transformer.enums import ModelType
+
+        from mamba2_dist.adapters.megatron import prepare_torch_adam
+
+        self.run = run
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(run.tp, run.pp, context_parallel_size=run.cp)
+        torch.manual_seed(1)
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        self.config = small_config(run)
+        model = build(run, self.config)
+        draw(model)
+        wrapped = DistributedDataParallel(
+            self.config,
+            DistributedDataParallelConfig(use_distributed_optimizer=run.distributed_optimizer),
+            model,
+        )
+        wrapped.model_type = ModelType.encoder_or_decoder
+        self.model = wrapped
+        options = {"lr": 0.02, "weight_decay": 0.1, "clip_grad": run.clip, "optimizer": "adam"}
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(**options, use_distributed_optimizer=run.distributed_optimizer), [wrapped]
+        )
+        prepare_torch_adam(self.optimizer)
+        if run.load:
+            self._load(run.load)
+
+    def losses(self) -> list[float]:
+        found = [self._step() for _ in range(self.run.steps)]
+        if self.run.save:
+            self._save(self.run.save)
+        return found
+
+    def _step(self) -> float:
+        from megatron.core import parallel_state
+        from megatron.core.distributed import finalize_model_grads
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        dp, dp_rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        rows = 1 if self.run.documents else 2
+        batches = list(range(0, ROWS, rows))[dp_rank::dp]
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self.config.finalize_model_grads_func = finalize_model_grads
+        found = get_forward_backward_func()(
+            forward_step_func=self._forward,
+            data_iterator=iter(batches),
+            model=[self.model],
+            num_microbatches=len(batches),
+            seq_length=SEQLEN,
+            micro_batch_size=rows,
+            forward_only=False,
+        )
+        self.optimizer.step()
+        total = torch.tensor([[each["sum"], each["tokens"]] for each in found]).sum(0) if found else torch.zeros(2)
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        last = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())[-1]
+        dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())
+        return (total[0] / total[1]).item()
+
+    def _forward(self, batches, model):
+        from megatron.core import parallel_state
+
+        first = next(batches)
+        run, rank = self.run, parallel_state.get_context_parallel_rank()
+        rows = 1 if run.documents else 2
+        whole = torch.randint(VOCABULARY, (ROWS, SEQLEN + 1), generator=torch.Generator().manual_seed(3))
+        whole = whole[first : first + rows]
+        mine = positions(run, rank)
+        tokens, labels = whole[:, :-1][:, mine], whole[:, 1:][:, mine]
+        packed = packed_params(run)
+        output = model(tokens, mine[None].expand(rows, -1), None, labels=labels, packed_seq_params=packed)
+
+        def loss(losses):
+            total, count = losses.float().sum(), torch.tensor(losses.numel(), dtype=torch.int)
+            return total, count, {"sum": total.detach().item(), "tokens": float(count)}
+
+        return output, loss
+
+    def _state(self, loading: bool) -> dict:
+        model = self.model.module.sharded_state_dict()
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+        return {"model": model, "optimizer": optimizer}
+
+    def _save(self, folder: str) -> None:
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+        Path(folder).mkdir(exist_ok=True)
+        dist.barrier()
+        # its writers are processes, which a rank of these tests may not start
+        with mock.patch.dict(multiprocessing.current_process()._config, daemon=False):
+            dist_checkpointing.save(self._state(loading=False), folder)
+        filesystem_async._results_queue = None  # the process behind it ends with its last reference
+        gc.collect()
+
+    def _load(self, folder: str) -> None:
+        from megatron.core import dist_checkpointing
+
+        state = dist_checkpointing.load(self._state(loading=True), folder)
+        self.model.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def small_config(run: Run) -> Any:
+    """A `TransformerConfig` with every size small."""
+    from megatron.core.transformer import TransformerConfig
+
+    sizes = {
+        "num_layers": len(run.pattern), "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2,
+        "ffn_hidden_size": 48, "mamba_state_dim": 8, "mamba_head_dim": 8, "mamba_num_groups": run.ngroups,
+    }  # fmt: skip
+    options = {
+        "normalization": "RMSNorm", "add_bias_linear": False, "hidden_dropout": 0.0, "attention_dropout": 0.0,
+        "use_cpu_initialization": not torch.cuda.is_available(), "tensor_model_parallel_size": run.tp,
+        "pipeline_model_parallel_size": run.pp, "context_parallel_size": run.cp, "pipeline_dtype": torch.float32,
+        "sequence_parallel": run.sequence_parallel,
+    }  # fmt: skip
+    return TransformerConfig(**(sizes | options | run.config))
+
+
+def build(run: Run, config: Any) -> Any:
+    """The model, by whichever class this version of megatron-core has."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from mamba2_dist.adapters.megatron import hybrid_stack
+
+    spec = hybrid_stack(**run.spec)
+    options = {
+        "vocab_size": VOCABULARY, "max_sequence_length": SEQLEN, "position_embedding_type": "rope",
+        "pre_process": parallel_state.is_pipeline_first_stage(),
+        "post_process": parallel_state.is_pipeline_last_stage(),
+        "pg_collection": ProcessGroupCollection.use_mpu_process_groups(),
+    }  # fmt: skip
+    try:
+        from megatron.core.models.hybrid.hybrid_model import HybridModel
+    except ImportError:
+        from megatron.core.models.mamba.mamba_model import MambaModel
+
+        return MambaModel(config, spec, hybrid_override_pattern=run.pattern, **options)
+    stages = len(run.pattern) // run.pp
+    pattern = "|".join(run.pattern[i : i + stages] for i in range(0, len(run.pattern), stages))
+    return HybridModel(config, spec, hybrid_layer_pattern=pattern, **options)
+
+
+@torch.no_grad()
+def draw(model: Any) -> None:
+    """Every tensor by its key in a checkpoint alone, whatever part of it is here."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    for shard in nested_values(state):
+        if not isinstance(shard, ShardedTensor):
+            continue
+        seed = int.from_bytes(hashlib.blake2b(shard.key.encode(), digest_size=6).digest(), "big")
+        whole = torch.rand(shard.global_shape, generator=torch.Generator().manual_seed(seed)) - 0.5
+        if "norm" in shard.key or shard.key.endswith(".D") or "A_log" in shard.key:
+            whole += 1.0
+        elif "conv1d" not in shard.key and "dt_bias" not in shard.key:
+            whole *= 0.3
+        place = tuple(slice(o, o + n) for o, n in zip(shard.global_offset, shard.local_shape, strict=True))
+        shard.data.copy_(whole[place])
+
+
+def positions(run: Run, rank: int) -> torch.Tensor:
+    """The tokens of a rank of cp as Megatron cuts: of every row, or of every packed document, two runs."""
+    if run.cp == 1:
+        return torch.arange(SEQLEN)
+    documents = run.documents or (0, SEQLEN)
+    runs = []
+    for start, end in itertools.pairwise(documents):
+        parts = torch.arange(start, end).chunk(2 * run.cp)
+        runs += [parts[rank], parts[-1 - rank]]
+    return torch.cat(runs)
+
+
+def packed_params(run: Run) -> Any:
+    """The documents as Megatron describes them, or None."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    if run.documents is None:
+        return None
+    offsets = torch.tensor(run.documents, dtype=torch.int32)
+    longest = int(offsets.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=offsets, cu_seqlens_kv=offsets, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
