@@ -12,6 +12,7 @@ USAGE = """usage: mamba2-dist COMMAND ...
 
   train CONFIG.yaml [key=value ...]   train a model, or go on where the run stopped; `train --help` lists the keys
   sample RUN [key=value ...]          print text from a run's newest checkpoint
+  preprocess out=FOLDER [key=value]   tokenize text into Megatron's datasets; `preprocess --help` lists the keys
   plan CONFIG.yaml [--gpus 8,64]      model a step on more GPUs than there are; `plan --help` lists the keys
   calibrate [out=FILE.json]           measure this machine's links for `machine=FILE.json` of plan and train
   doctor [--ledger]                   versions, devices, and a check that split models equal whole ones here; what
@@ -22,7 +23,14 @@ USAGE = """usage: mamba2-dist COMMAND ...
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exits with 2 after a user's mistake."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": _train, "sample": _sample, "plan": _plan, "calibrate": _calibrate, "doctor": _doctor}
+    commands = {
+        "train": _train,
+        "sample": _sample,
+        "preprocess": _preprocess,
+        "plan": _plan,
+        "calibrate": _calibrate,
+        "doctor": _doctor,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return
@@ -67,6 +75,12 @@ def _sample(arguments: list[str]) -> None:
     if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
         arguments = [f"run={arguments[0]}", *arguments[1:]]
     print(sample(parse(SampleConfig, "sample", arguments)))
+
+
+def _preprocess(arguments: list[str]) -> None:
+    from mamba2_dist.train.preprocess import PreprocessConfig, preprocess
+
+    print(preprocess(parse(PreprocessConfig, "preprocess", arguments)))
 
 
 def _plan(arguments: list[str]) -> None:

@@ -70,7 +70,7 @@ def folder(tmp_path):
 
 # what is typed after `mamba2-dist`, and what the one line must say
 COMMANDS = [
-    ("trian good.yaml", "unknown command 'trian'; commands are train, sample, plan, calibrate, doctor"),
+    ("trian good.yaml", "unknown command 'trian'; commands are train, sample, preprocess, plan, calibrate, doctor"),
     ("train missing.yaml", "configuration missing.yaml does not exist; give a YAML file"),
     ("train list.yaml", "must hold 'key: value' lines, got list"),
     ("train broken.yaml", "broken.yaml is not YAML"),

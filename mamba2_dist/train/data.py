@@ -169,8 +169,10 @@ def _given_tokenizer(path: str, end_token: str, vocab_size: int) -> Tokenizer:
         tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # the library raises its base class
         raise ValueError(f"data.tokenizer ({path}) is not a tokenizer.json: {error}") from None
-    if _size(tokenizer) > vocab_size:
-        raise ValueError(f"model.vocab_size ({vocab_size}) must be at least the tokenizer's ({_size(tokenizer)})")
+    if vocabulary_size(tokenizer) > vocab_size:
+        raise ValueError(
+            f"model.vocab_size ({vocab_size}) must be at least the tokenizer's ({vocabulary_size(tokenizer)})"
+        )
     if tokenizer.token_to_id(end_token) is None:
         raise ValueError(
             f"data.tokenizer ({path}) has no token {end_token!r}; set data.end_token to the one that ends a document"
@@ -185,13 +187,16 @@ def _given_tokenizer(path: str, end_token: str, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _size(tokenizer: Tokenizer) -> int:
+def vocabulary_size(tokenizer: Tokenizer) -> int:
     """One more than the highest token id; a vocabulary may have gaps."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def _tokenize(files: list[Path], tokenizer, config: DataConfig, folder: Path) -> None:
-    end, dtype = tokenizer.token_to_id(config.end_token), np.uint16 if _size(tokenizer) <= 2**16 else np.uint32
+    end, dtype = (
+        tokenizer.token_to_id(config.end_token),
+        np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32,
+    )
     ends: dict[str, list[int]] = {"train": [], "validation": []}
     digest = hashlib.blake2b(digest_size=8)
     with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
@@ -220,7 +225,7 @@ def _fraction(name: str) -> float:
 def _token_bytes(tokenizer: Tokenizer) -> list[int]:
     """Bytes each token of a byte-level vocabulary stands for; 0 for special tokens."""
     added = tokenizer.get_added_tokens_decoder()
-    sizes = [0] * _size(tokenizer)
+    sizes = [0] * vocabulary_size(tokenizer)
     for piece, index in tokenizer.get_vocab(with_added_tokens=True).items():
         if index not in added:
             sizes[index] = len(piece)  # one character a byte

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import gc
+import multiprocessing
 from collections.abc import Iterator
 from unittest import mock
 
@@ -90,3 +92,14 @@ def megatron_on_cpu() -> Iterator[None]:
         for name in ("range_push", "range_pop"):
             stack.enter_context(mock.patch.object(torch.cuda.nvtx, name))
         yield
+
+
+@contextlib.contextmanager
+def writers_are_processes() -> Iterator[None]:
+    """Megatron's checkpoints are written by processes, which a rank of these tests may not start."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    with mock.patch.dict(multiprocessing.current_process()._config, daemon=False):
+        yield
+    filesystem_async._results_queue = None  # the process behind it ends with its last reference
+    gc.collect()

@@ -1,18 +1,15 @@
 """A few updates of a small hybrid under megatron-core, split in any way, from weights that do not depend on it."""
 
-import gc
 import hashlib
 import itertools
-import multiprocessing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from .megatron_on_cpu import megatron_on_cpu
+from .megatron_on_cpu import megatron_on_cpu, writers_are_processes
 
 VOCABULARY, SEQLEN, ROWS = 64, 32, 4
 
@@ -137,15 +134,11 @@ class _Training:
 
     def _save(self, folder: str) -> None:
         from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing.strategies import filesystem_async
 
         Path(folder).mkdir(exist_ok=True)
         dist.barrier()
-        # its writers are processes, which a rank of these tests may not start
-        with mock.patch.dict(multiprocessing.current_process()._config, daemon=False):
+        with writers_are_processes():
             dist_checkpointing.save(self._state(loading=False), folder)
-        filesystem_async._results_queue = None  # the process behind it ends with its last reference
-        gc.collect()
 
     def _load(self, folder: str) -> None:
         from megatron.core import dist_checkpointing
@@ -173,28 +166,11 @@ def small_config(run: Run) -> Any:
 
 
 def build(run: Run, config: Any) -> Any:
-    """The model, by whichever class this version of megatron-core has."""
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
+    """The model of whichever version of megatron-core there is."""
+    from mamba2_dist.adapters.megatron import hybrid_model, hybrid_stack
 
-    from mamba2_dist.adapters.megatron import hybrid_stack
-
-    spec = hybrid_stack(**run.spec)
-    options = {
-        "vocab_size": VOCABULARY, "max_sequence_length": SEQLEN, "position_embedding_type": "rope",
-        "pre_process": parallel_state.is_pipeline_first_stage(),
-        "post_process": parallel_state.is_pipeline_last_stage(),
-        "pg_collection": ProcessGroupCollection.use_mpu_process_groups(),
-    }  # fmt: skip
-    try:
-        from megatron.core.models.hybrid.hybrid_model import HybridModel
-    except ImportError:
-        from megatron.core.models.mamba.mamba_model import MambaModel
-
-        return MambaModel(config, spec, hybrid_override_pattern=run.pattern, **options)
-    stages = len(run.pattern) // run.pp
-    pattern = "|".join(run.pattern[i : i + stages] for i in range(0, len(run.pattern), stages))
-    return HybridModel(config, spec, hybrid_layer_pattern=pattern, **options)
+    options = {"vocab_size": VOCABULARY, "max_sequence_length": SEQLEN, "position_embedding_type": "rope"}
+    return hybrid_model(config, run.pattern, spec=hybrid_stack(**run.spec), **options)
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
 """Mamba-2 layers for megatron-core 0.16 to 0.19: `--spec mamba2_dist.adapters.megatron hybrid_stack_spec`."""
 
+from .flops import training_flops
 from .layout import Layout, segment_table
 from .mixer import MegatronMamba2Mixer
+from .model import hybrid_model
 from .spec import hybrid_stack, hybrid_stack_spec
 from .torch_adam import prepare_torch_adam
 
@@ -11,9 +13,11 @@ mamba_stack_spec = hybrid_stack_spec
 __all__ = [
     "Layout",
     "MegatronMamba2Mixer",
+    "hybrid_model",
     "hybrid_stack",
     "hybrid_stack_spec",
-    "prepare_torch_adam",
     "mamba_stack_spec",
+    "prepare_torch_adam",
     "segment_table",
+    "training_flops",
 ]

@@ -1,0 +1,59 @@
+"""Megatron's hybrid language model by the name it has in this version."""
+
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from mamba2_dist.config import require
+
+from .spec import hybrid_stack_spec
+from .versions import version
+
+try:
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+except ImportError:  # before 0.18
+    HybridModel = None
+    from megatron.core.models.mamba.mamba_model import MambaModel
+
+
+def hybrid_model(
+    config: Any,
+    pattern: str,
+    *,
+    spec: ModuleSpec = hybrid_stack_spec,
+    pg_collection: ProcessGroupCollection | None = None,
+    **options: Any,
+) -> Any:
+    """megatron-core's `HybridModel`, or `MambaModel` before 0.18, of the layers in `pattern`.
+
+    pattern: Megatron's letters, with `|` between pipeline stages; None given, stages have as many layers each.
+    options: of that class, vocab_size and max_sequence_length among them; pre_process and post_process follow from the
+        pipeline group where they are left out.
+    Raises ValueError unless `config.num_layers` is the length of the pattern, and for stages of different length
+    before 0.17.
+    """
+    letters = pattern.replace("|", "")
+    require(
+        config.num_layers == len(letters),
+        f"num_layers ({config.num_layers}) must be the number of layers in the pattern ({len(letters)})",
+    )
+    groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+    stage, stages = groups.pp.rank(), groups.pp.size()
+    options = {"pre_process": stage == 0, "post_process": stage == stages - 1, "pg_collection": groups} | options
+    if "|" not in pattern and stages > 1:
+        require(
+            len(letters) % stages == 0,
+            f"{len(letters)} layers cannot be shared out evenly to {stages} pipeline stages; cut the pattern with '|'",
+        )
+        each = len(letters) // stages
+        pattern = "|".join(letters[i : i + each] for i in range(0, len(letters), each))
+    if HybridModel is not None:
+        return HybridModel(config, spec, hybrid_layer_pattern=pattern, **options)
+    if not version.startswith("0.16"):
+        return MambaModel(config, spec, hybrid_layer_pattern=pattern, **options)
+    require(
+        len({len(part) for part in pattern.split("|")}) == 1,
+        f"pattern ({pattern}) must have stages of one length in megatron-core {version}; take 0.17 or newer",
+    )
+    return MambaModel(config, spec, hybrid_override_pattern=letters, **options)

@@ -1,0 +1,28 @@
+"""The example's trainer on a few ranks."""
+
+import sys
+from pathlib import Path
+
+from .megatron_on_cpu import megatron_on_cpu, writers_are_processes
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "megatron"
+
+
+def example_losses(options: dict, steps: int, save: bool) -> list[float]:
+    """The loss before each of `steps` updates, from the last checkpoint on if there is one."""
+    sys.path.insert(0, str(EXAMPLE))
+    with megatron_on_cpu():
+        import pretrain
+        from megatron.core import parallel_state
+
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        config = pretrain.Config(**options)
+        pretrain.initialize(config)
+        trainer = pretrain.Trainer(config)
+        losses = [trainer.train_step()[0].item() for _ in range(steps)]
+        assert trainer.evaluate().item() > 0
+        if save:
+            with writers_are_processes():
+                trainer.save()
+    return losses
