@@ -11,6 +11,7 @@ set. Times are of whole updates, with what all ranks agree on and the optimizer;
 
 import argparse
 import dataclasses
+import gc
 import os
 import statistics
 import sys
@@ -80,6 +81,9 @@ def measure(pretrain, config, first: bool) -> list[dict]:
             times[name].append(time.perf_counter() - start)
             losses[name].append(loss.item())
             memory[name].append((torch.cuda.max_memory_allocated() - before) / 2**30)
+    del sides, trainer, loss
+    gc.collect()
+    torch.cuda.empty_cache()
     case = f"{config.pattern}, d 2048, batch {config.global_batch}"
     peer_name = f"Megatron's mixer, mamba_ssm {mamba_ssm.__version__}"
 
@@ -95,7 +99,7 @@ def measure(pretrain, config, first: bool) -> list[dict]:
         row(f"memory of an update {config.seqlen}", **peaks, unit="GiB", ratio=peaks["peer"] / peaks["ours"]),
     ]
     if first:
-        ours, peer = (torch.tensor(losses[name], dtype=torch.float64) for name in sides)
+        ours, peer = (torch.tensor(each, dtype=torch.float64) for each in losses.values())
         at = [*range(0, config.steps, 10), config.steps - 1]
         rows += [
             row(f"loss before update {step + 1}", losses["ours"][step], losses["peer"][step], "nats", None)

@@ -86,7 +86,7 @@ class Config:
     sequence_parallel: bool = False
     """Split the residual stream over tp."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    recompute: Literal["none", "conv", "inner", "full"] = "none"
+    recompute: Literal["none", "conv", "inner", "full"] = "conv"
     """What the backward pass computes again: nothing, parts of Mamba-2 layers, or every layer."""
 
     log_interval: int = 10
@@ -115,8 +115,7 @@ class Trainer:
         self.megatron = megatron_config(config)
         # a vocabulary that ranks of tp can share, in rows that suit a GPU
         self.vocab_size = -(-self.meta["vocab_size"] // (128 * config.tp)) * 128 * config.tp
-        own = config.recompute if config.recompute in ("conv", "inner") else "none"
-        spec = spec or hybrid_stack(recompute=own)
+        spec = spec or hybrid_stack(recompute="none" if config.recompute == "full" else config.recompute)
         model = hybrid_model(
             self.megatron, config.pattern, spec=spec, vocab_size=self.vocab_size, max_sequence_length=config.seqlen
         )

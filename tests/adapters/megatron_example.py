@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from .megatron_on_cpu import megatron_on_cpu, writers_are_processes
+from .megatron_on_cpu import initialize, megatron_on_cpu, writers_are_processes
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "megatron"
 
@@ -13,12 +13,9 @@ def example_losses(options: dict, steps: int, save: bool) -> list[float]:
     sys.path.insert(0, str(EXAMPLE))
     with megatron_on_cpu():
         import pretrain
-        from megatron.core import parallel_state
 
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
         config = pretrain.Config(**options)
-        pretrain.initialize(config)
+        initialize(config.tp, config.pp, config.cp)
         trainer = pretrain.Trainer(config)
         losses = [trainer.train_step()[0].item() for _ in range(steps)]
         assert trainer.evaluate().item() > 0

@@ -94,6 +94,21 @@ def megatron_on_cpu() -> Iterator[None]:
         yield
 
 
+_sizes: tuple[int, ...] | None = None
+
+
+def initialize(*sizes: int) -> None:
+    """Megatron's groups for tp, pp and cp, made again only where these change: gloo's groups stay with the process."""
+    from megatron.core import parallel_state
+
+    global _sizes
+    if _sizes != sizes:
+        parallel_state.destroy_model_parallel()
+        tp, pp, cp = sizes
+        parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)
+        _sizes = sizes
+
+
 @contextlib.contextmanager
 def writers_are_processes() -> Iterator[None]:
     """Megatron's checkpoints are written by processes, which a rank of these tests may not start."""

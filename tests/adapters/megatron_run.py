@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .megatron_on_cpu import megatron_on_cpu, writers_are_processes
+from .megatron_on_cpu import initialize, megatron_on_cpu, writers_are_processes
 
 VOCABULARY, SEQLEN, ROWS = 64, 32, 4
 
@@ -21,6 +21,7 @@ class Run:
     tp: int = 1
     pp: int = 1
     cp: int = 1
+    dp: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     pattern: str = "M*-M"
@@ -32,6 +33,7 @@ class Run:
     config: dict = field(default_factory=dict)
     spec: dict = field(default_factory=dict)
     load: str | None = None
+    load_optimizer: bool = True
     save: str | None = None
 
 
@@ -43,7 +45,7 @@ def losses(run: Run) -> list[float]:
 
 class _Training:
     def __init__(self, run: Run):
-        from megatron.core import parallel_state, tensor_parallel
+        from megatron.core import tensor_parallel
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.transformer.enums import ModelType
@@ -51,9 +53,7 @@ class _Training:
         from mamba2_dist.adapters.megatron import prepare_torch_adam
 
         self.run = run
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(run.tp, run.pp, context_parallel_size=run.cp)
+        initialize(run.tp, run.pp, run.cp)
         torch.manual_seed(1)
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         self.config = small_config(run)
@@ -142,10 +142,23 @@ class _Training:
 
     def _load(self, folder: str) -> None:
         from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.validation import StrictHandling
 
-        state = dist_checkpointing.load(self._state(loading=True), folder)
-        self.model.module.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.run.load_optimizer:
+            wanted = self._state(loading=True)
+        else:
+            # nor what TransformerEngine adds
+            model = self.model.module.sharded_state_dict()
+            wanted = {"model": {key: part for key, part in model.items() if not key.endswith("_extra_state")}}
+        strict = StrictHandling.ASSUME_OK_UNEXPECTED if self.run.load_optimizer else StrictHandling.RAISE_ALL
+        state = dist_checkpointing.load(wanted, folder, strict=strict)
+        lacking, unknown = self.model.module.load_state_dict(state["model"], strict=False)
+        assert not unknown
+        assert all(name.endswith("_extra_state") for name in lacking)
+        if self.run.load_optimizer:
+            self.optimizer.load_state_dict(state["optimizer"])
+        else:
+            self.optimizer.reload_model_params()
 
 
 def small_config(run: Run) -> Any:
@@ -169,7 +182,9 @@ def build(run: Run, config: Any) -> Any:
     """The model of whichever version of megatron-core there is."""
     from mamba2_dist.adapters.megatron import hybrid_model, hybrid_stack
 
-    options = {"vocab_size": VOCABULARY, "max_sequence_length": SEQLEN, "position_embedding_type": "rope"}
+    # Megatron's rotary embeddings come in its own layout
+    positions = "none" if "layout" in run.spec else "rope"
+    options = {"vocab_size": VOCABULARY, "max_sequence_length": SEQLEN, "position_embedding_type": positions}
     return hybrid_model(config, run.pattern, spec=hybrid_stack(**run.spec), **options)
 
 
@@ -184,21 +199,76 @@ def draw(model: Any) -> None:
     for shard in nested_values(state):
         if not isinstance(shard, ShardedTensor):
             continue
-        seed = int.from_bytes(hashlib.blake2b(shard.key.encode(), digest_size=6).digest(), "big")
-        whole = torch.rand(shard.global_shape, generator=torch.Generator().manual_seed(seed)) - 0.5
-        if "norm" in shard.key or shard.key.endswith(".D") or "A_log" in shard.key:
-            whole += 1.0
-        elif "conv1d" not in shard.key and "dt_bias" not in shard.key:
-            whole *= 0.3
-        place = tuple(slice(o, o + n) for o, n in zip(shard.global_offset, shard.local_shape, strict=True))
-        shard.data.copy_(whole[place])
+        first, layer = shard.global_offset[shard.prepend_axis_num :], shard.global_offset[: shard.prepend_axis_num]
+        place = (*layer, *(slice(o, o + n) for o, n in zip(first, shard.local_shape, strict=True)))
+        shard.data.copy_(drawn(shard.key, shard.global_shape)[place])
+
+
+def drawn(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The whole tensor that a checkpoint calls `key`."""
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest(), "big")
+    whole = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) - 0.5
+    if "norm" in key or key.endswith((".D", "A_log")):
+        return whole + 1.0
+    return whole if "conv1d" in key or key.endswith("dt_bias") else 0.3 * whole
+
+
+def stock_shapes() -> dict[str, tuple[int, ...]]:
+    """The keys of Megatron's own hybrid "M*-M" with TransformerEngine, and the whole shapes of `small_config`."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding.word_embeddings.weight": (VOCABULARY, 32),
+        "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight": (32,),
+        "decoder.layers.1.self_attention.linear_qkv.weight": (64, 32),
+        "decoder.layers.1.self_attention.linear_proj.weight": (32, 32),
+        "decoder.layers.2.mlp.linear_fc1.layer_norm_weight": (32,),
+        "decoder.layers.2.mlp.linear_fc1.weight": (48, 32),
+        "decoder.layers.2.mlp.linear_fc2.weight": (32, 48),
+        "decoder.final_norm.weight": (32,),
+        "output_layer.weight": (VOCABULARY, 32),
+    }
+    heads, channels, group_rows = 8, 64, 2 * 8
+    rows = {"z": channels, "x": channels, "B": group_rows, "C": group_rows, "dt": heads}
+    for layer in (0, 3):
+        mixer = f"decoder.layers.{layer}.mixer"
+        shapes |= {f"{mixer}.{name}": (heads,) for name in ("A_log", "D", "dt_bias")}
+        shapes |= {f"{mixer}.in_proj.layer_norm_weight": (32,), f"{mixer}.norm.weight": (channels,)}
+        shapes |= {f"{mixer}.out_proj.weight": (32, channels)}
+        shapes |= {f"{mixer}.in_proj.weight.{part}": (count, 32) for part, count in rows.items()}
+        for part in ("x", "B", "C"):
+            shapes[f"{mixer}.conv1d.weight.{part}"] = (rows[part], 1, 4)
+            shapes[f"{mixer}.conv1d.bias.{part}"] = (rows[part],)
+    return shapes
+
+
+def stock_keys(run: Run) -> list[str]:
+    """What our checkpoint of `run` has that Megatron's own has not, or with another shape, or the other way round."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    with megatron_on_cpu():
+        state = _Training(run).model.module.sharded_state_dict()
+        apply_factories(state)
+    found = {each.key: each.global_shape for each in nested_values(state) if isinstance(each, ShardedTensor)}
+    return sorted(f"{key} {shape}" for key, shape in found.items() ^ stock_shapes().items())
+
+
+def written_by_stock(folder: str) -> None:
+    """A checkpoint with the keys of Megatron's own mixer, without any of our code."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    Path(folder).mkdir()
+    state = {key: ShardedTensor.from_rank_offsets(key, drawn(key, shape)) for key, shape in stock_shapes().items()}
+    with megatron_on_cpu(), writers_are_processes():
+        dist_checkpointing.save(state, folder)
 
 
 def positions(run: Run, rank: int) -> torch.Tensor:
     """The tokens of a rank of cp as Megatron cuts: of every row, or of every packed document, two runs."""
-    if run.cp == 1:
-        return torch.arange(SEQLEN)
-    documents = run.documents or (0, SEQLEN)
+    layout = run.spec.get("layout", "megatron")
+    if run.cp == 1 or layout == "contiguous":
+        return torch.arange(SEQLEN).chunk(run.cp)[rank]
+    documents = run.documents if layout == "megatron" and run.documents else (0, SEQLEN)
     runs = []
     for start, end in itertools.pairwise(documents):
         parts = torch.arange(start, end).chunk(2 * run.cp)

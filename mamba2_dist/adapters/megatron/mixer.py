@@ -68,7 +68,7 @@ class MegatronMamba2Mixer(Mamba2Mixer):
         pp_layer_offset: int = 0,
         name: str | None = None,
         state_scan: StateScan = "auto",
-        recompute: Recompute = "none",
+        recompute: Recompute = "conv",
         dt_limit: tuple[float, float] = (0.0, math.inf),
         layout: Layout = "megatron",
         machine: Machine = H200,

@@ -28,7 +28,7 @@ from .versions import HAVE_TE, stock_stack_spec
 def hybrid_stack(
     *,
     state_scan: StateScan = "auto",
-    recompute: Recompute = "none",
+    recompute: Recompute = "conv",
     layout: Layout = "megatron",
     attention: AttentionMethod = "auto",
     machine: Machine = H200,
@@ -39,14 +39,14 @@ def hybrid_stack(
 
     Without TransformerEngine (use_te) attention and MLP layers are Megatron's with its plain projections, with this
     library's attention and norms. Checkpoints have the same keys either way.
-    mixer: further arguments of `MegatronMamba2Mixer`, such as dt_limit. attention: how keys travel over cp, without
-    TransformerEngine.
+    recompute: "conv", as Megatron's own mixer does, "none" or "inner"; see `Mamba2Mixer`. attention: how keys travel
+    over cp, without TransformerEngine. mixer: further arguments of `MegatronMamba2Mixer`, such as dt_limit.
     """
     shared = {"layout": layout, "machine": machine}
     params = {"state_scan": state_scan, "recompute": recompute, **shared, **mixer}
     layers = {} if use_te else _plain_layers(partial(CoreAttention, method=attention, **shared))
     submodules = replace(stock_stack_spec.submodules, mamba_layer=_mamba_layer(params), **layers)
-    return ModuleSpec(module=Stack, submodules=submodules)
+    return ModuleSpec(module=Stack, params={"layout": layout, "use_te": use_te}, submodules=submodules)
 
 
 def _mamba_layer(params: dict[str, Any]) -> ModuleSpec:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mamba2_dist.config import require
 
+from .layout import Layout
 from .norm import Norm
 from .versions import HAVE_TE, HybridStack, version
 
@@ -20,15 +21,43 @@ RECOMPUTES = importlib.util.find_spec("megatron.core.recompute") is not None
 class Stack(HybridStack):  # type: ignore[misc, valid-type]
     """megatron-core's own stack but for the last norm, where TransformerEngine is missing, and full recomputation."""
 
-    def __init__(self, config: Any, submodules: Any, *args: Any, post_layer_norm: bool = True, **kwargs: Any):
-        super().__init__(config, submodules, *args, post_layer_norm=post_layer_norm and HAVE_TE, **kwargs)
-        if post_layer_norm and not HAVE_TE:
+    def __init__(
+        self,
+        config: Any,
+        submodules: Any,
+        *args: Any,
+        post_layer_norm: bool = True,
+        layout: Layout = "megatron",
+        use_te: bool = HAVE_TE,
+        **kwargs: Any,
+    ):
+        super().__init__(config, submodules, *args, post_layer_norm=post_layer_norm and use_te, **kwargs)
+        if post_layer_norm and not use_te:
             self.post_layer_norm = True
             if self.post_process:
                 self.final_norm = Norm(config, config.hidden_size, config.layernorm_epsilon)
         if config.recompute_granularity == "full" and not RECOMPUTES:
             for layer in self.layers[: _recomputed_layers(config, len(self.layers))]:
                 layer.forward = _Recomputed(layer, layer.forward)
+        require(
+            use_te or "E" not in self.layer_type_list or RECOMPUTES,
+            f"MoE layers of megatron-core {version} need TransformerEngine; install it, or take 0.18 or newer",
+        )
+        self.own_layout = layout != "megatron" and config.context_parallel_size > 1
+        require(
+            not (self.own_layout and use_te and "*" in self.layer_type_list),
+            f"layout ({layout}) is not the one that TransformerEngine's attention works with over cp; leave it at "
+            "'megatron', or give use_te=False to hybrid_stack",
+        )
+
+    def forward(self, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
+        """As Megatron's. Raises ValueError for rotary embeddings, which come cut in its own layout, with another."""
+        require(
+            rotary_pos_emb is None or not self.own_layout,
+            "rotary embeddings come as Megatron cuts sequences over cp; leave layout at 'megatron', or set "
+            "position_embedding_type to 'none'",
+        )
+        return super().forward(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)
 
 
 def _recomputed_layers(config: Any, layers: int) -> int:

@@ -1,0 +1,124 @@
+"""A hybrid under megatron-core, split in any way, trains as on one rank, and its checkpoints fit any other split."""
+
+import dataclasses
+import importlib.util
+import itertools
+
+import pytest
+import torch
+
+from ..distributed import run_ranks
+from ..tolerances import MEGATRON
+from .megatron_run import Run, losses, stock_keys, written_by_stock
+
+pytest.importorskip("megatron.core", reason="needs megatron-core")
+
+PACKED = (0, 8, 20, 32)
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+def _ranks(run: Run) -> int:
+    return run.tp * run.pp * run.cp * run.dp
+
+
+def _check(run: Run, bound: float = MEGATRON["training"], device: str = "cpu") -> None:
+    whole = dataclasses.replace(run, tp=1, pp=1, cp=1, dp=1, sequence_parallel=False)
+    (expected,) = run_ranks(1, losses, whole, device=device)
+    assert expected[0] > 2 * expected[-1]
+    for found in run_ranks(_ranks(run), losses, run, device=device):
+        assert found == pytest.approx(expected, rel=bound)
+
+
+SPLITS = {
+    "tp2": Run(tp=2),
+    "pp2": Run(pp=2),
+    "cp2": Run(cp=2),
+    "tp2, sequence parallel, dp2": Run(tp=2, dp=2, sequence_parallel=True),
+    "tp2 pp2": Run(tp=2, pp=2),
+    "cp2 tp2": Run(cp=2, tp=2),
+    "one group, tp2": Run(tp=2, ngroups=1),
+    "two groups, tp4, sequence parallel": Run(tp=4, sequence_parallel=True),
+    "packed, cp2": Run(cp=2, documents=PACKED),
+    "packed, one group, cp2 tp2, sequence parallel": Run(
+        cp=2, tp=2, ngroups=1, documents=PACKED, sequence_parallel=True
+    ),
+    "packed, cut in zigzag whole": Run(cp=2, documents=(0, 5, 6, 23, 32), spec={"layout": "zigzag"}),
+    "packed, cut into runs": Run(cp=2, documents=(0, 5, 6, 23, 32), spec={"layout": "contiguous"}),
+    "distributed optimizer, dp2": Run(dp=2, distributed_optimizer=True),
+}
+
+
+@pytest.mark.parametrize("run", SPLITS.values(), ids=SPLITS)
+def test_a_split_trains_as_one_rank(run):
+    _check(run)
+
+
+@pytest.mark.gpu
+@two_gpus
+@pytest.mark.parametrize("name", ["tp2", "pp2", "cp2", "packed, cp2", "one group, tp2"])
+def test_two_gpus_train_as_one(name):
+    _check(SPLITS[name], bound=1e-4, device="cuda")
+
+
+@pytest.mark.parametrize(("ngroups", "distributed_optimizer"), [(1, True), (2, False)])
+def test_checkpoints_fit_another_split(tmp_path, ngroups, distributed_optimizer):
+    run = Run(ngroups=ngroups, distributed_optimizer=distributed_optimizer)
+    (expected,) = run_ranks(1, losses, run)
+    saved = [str(tmp_path / name) for name in ("one", "two")]
+    parts = [
+        (1, dataclasses.replace(run, steps=2, save=saved[0])),
+        (2, dataclasses.replace(run, steps=2, tp=2, load=saved[0], save=saved[1])),
+        (1, dataclasses.replace(run, steps=1, load=saved[1])),
+    ]
+    found = [run_ranks(ranks, losses, part)[0] for ranks, part in parts]
+    assert list(itertools.chain(*found)) == pytest.approx(expected, rel=MEGATRON["checkpoint"])
+    for split in ({"cp": 2}, {"pp": 2}):
+        part = dataclasses.replace(run, steps=3, load=saved[0], **split)
+        assert run_ranks(2, losses, part)[0] == pytest.approx(expected[2:], rel=MEGATRON["checkpoint"])
+
+
+def test_a_checkpoint_of_the_stock_mixer_loads(tmp_path):
+    run_ranks(1, written_by_stock, str(tmp_path / "stock"))
+    (expected,) = run_ranks(1, losses, Run(steps=1))
+    found = run_ranks(2, losses, Run(tp=2, steps=1, load=str(tmp_path / "stock"), load_optimizer=False))
+    assert found[0] == pytest.approx(expected, rel=MEGATRON["checkpoint"])
+
+
+def test_keys_are_those_of_the_stock_mixer():
+    (found,) = run_ranks(1, stock_keys, Run())
+    assert found == []
+
+
+def test_missing_and_unknown_keys_are_named(tmp_path):
+    run_ranks(1, written_by_stock, str(tmp_path / "stock"))
+    for pattern, named in (("M*MM", "layers.2.mixer.dt_bias"), ("M*-", "layers.3.mixer.dt_bias")):
+        run = Run(pattern=pattern, steps=1, load=str(tmp_path / "stock"), load_optimizer=False)
+        with pytest.raises(AssertionError, match=f"decoder.{named}"):
+            run_ranks(1, losses, run)
+
+
+def test_mixture_of_experts():
+    experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_router_load_balancing_type": "none"}
+    run = Run(tp=2, sequence_parallel=True, pattern="ME*M", config=experts)
+    if importlib.util.find_spec("megatron.core.recompute") is not None:
+        _check(run)
+        return
+    with pytest.raises(AssertionError, match=r"MoE layers of megatron-core 0.1\d.\d need TransformerEngine"):
+        run_ranks(1, losses, dataclasses.replace(run, tp=1, sequence_parallel=False))
+
+
+FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
+RECOMPUTED = {
+    "every layer": Run(config={**FULL, "recompute_method": "uniform"}),
+    "every layer, cp2": Run(cp=2, config={**FULL, "recompute_method": "uniform"}),
+    "three layers": Run(config={**FULL, "recompute_method": "block", "recompute_num_layers": 3}),
+    "attention": Run(cp=2, config={"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}),
+    "nothing": Run(spec={"recompute": "none"}),
+    "inside mixers": Run(cp=2, spec={"recompute": "inner"}),
+}
+
+
+@pytest.mark.parametrize("run", RECOMPUTED.values(), ids=RECOMPUTED)
+def test_recomputation_changes_nothing(run):
+    (expected,) = run_ranks(1, losses, Run())
+    assert run_ranks(run.cp, losses, run)[0] == pytest.approx(expected, rel=MEGATRON["training"])
