@@ -94,6 +94,8 @@ class Config:
     eval_batches: int = 8
     """Global batches an evaluation."""
     save_interval: int = 100
+    minutes: float | None = None
+    """End with a checkpoint after so long, for jobs with a limit; None: at the last step."""
 
 
 class Trainer:
@@ -318,7 +320,8 @@ def initialize(config: Config) -> None:
 
 
 def train(config: Config) -> None:
-    """Train to the last step, or until SIGTERM or SIGINT, which end the run with a checkpoint."""
+    """Train to the last step, for `config.minutes`, or until SIGTERM or SIGINT; each ends with a checkpoint."""
+    begun = time.monotonic()
     initialize(config)
     trainer = Trainer(config)
     stop = torch.zeros((), device=torch.cuda.current_device())
@@ -341,6 +344,8 @@ def train(config: Config) -> None:
         if step % config.eval_interval == 0 or step == config.steps:
             _say(f"step {step:6d}  validation loss {trainer.evaluate().item():.4f}")
             start = time.perf_counter()
+        if config.minutes is not None and time.monotonic() - begun > 60 * config.minutes:
+            stop.fill_(1)
         dist.all_reduce(stop, op=dist.ReduceOp.MAX)
         if step % config.save_interval == 0 or step == config.steps or stop.item():
             trainer.save()

@@ -115,13 +115,15 @@ class _Training:
         rows = 1 if run.documents else 2
         whole = torch.randint(VOCABULARY, (ROWS, SEQLEN + 1), generator=torch.Generator().manual_seed(3))
         whole = whole[first : first + rows]
+        device = next(model.parameters()).device
         mine = positions(run, rank)
         tokens, labels = whole[:, :-1][:, mine], whole[:, 1:][:, mine]
-        packed = packed_params(run)
-        output = model(tokens, mine[None].expand(rows, -1), None, labels=labels, packed_seq_params=packed)
+        packed = packed_params(run, device)
+        tokens, labels, places = (part.to(device) for part in (tokens, labels, mine[None].expand(rows, -1)))
+        output = model(tokens, places, None, labels=labels, packed_seq_params=packed)
 
         def loss(losses):
-            total, count = losses.float().sum(), torch.tensor(losses.numel(), dtype=torch.int)
+            total, count = losses.float().sum(), torch.tensor(losses.numel(), dtype=torch.int, device=device)
             return total, count, {"sum": total.detach().item(), "tokens": float(count)}
 
         return output, loss
@@ -276,13 +278,13 @@ def positions(run: Run, rank: int) -> torch.Tensor:
     return torch.cat(runs)
 
 
-def packed_params(run: Run) -> Any:
+def packed_params(run: Run, device: torch.device | str = "cpu") -> Any:
     """The documents as Megatron describes them, or None."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     if run.documents is None:
         return None
-    offsets = torch.tensor(run.documents, dtype=torch.int32)
+    offsets = torch.tensor(run.documents, dtype=torch.int32, device=device)
     longest = int(offsets.diff().max())
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=offsets, cu_seqlens_kv=offsets, max_seqlen_q=longest, max_seqlen_kv=longest

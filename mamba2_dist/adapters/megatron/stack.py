@@ -12,6 +12,7 @@ from mamba2_dist.config import require
 
 from .layout import Layout
 from .norm import Norm
+from .refusals import check_config
 from .versions import HAVE_TE, HybridStack, version
 
 RECOMPUTES = importlib.util.find_spec("megatron.core.recompute") is not None
@@ -31,6 +32,7 @@ class Stack(HybridStack):  # type: ignore[misc, valid-type]
         use_te: bool = HAVE_TE,
         **kwargs: Any,
     ):
+        check_config(config)  # before any layer is built, and on stages without Mamba-2 layers too
         super().__init__(config, submodules, *args, post_layer_norm=post_layer_norm and use_te, **kwargs)
         if post_layer_norm and not use_te:
             self.post_layer_norm = True
