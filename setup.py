@@ -14,8 +14,18 @@ train = [
     "matplotlib>=3.8",
     "tqdm>=4.66",
 ]
-test = [*train, "setuptools>=68", "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=4.46"]
-megatron = ["megatron-core>=0.16.1"]
+# its checkpoints ask for psutil without saying so
+megatron = ["megatron-core>=0.16.1", "psutil>=5.9"]
+test = [
+    *train,
+    *megatron,
+    "setuptools>=68",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.5",
+    "hypothesis>=6.100",
+    "transformers>=4.46",
+]
 deepspeed = ["deepspeed>=0.16"]
 hf = ["transformers>=4.46", "safetensors>=0.4"]
 lint = ["ruff==0.17.6", "codespell==2.4.3", "mypy==2.4.1"]

@@ -40,7 +40,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from mamba2_dist.adapters.megatron import (
     hybrid_model,
     hybrid_stack,
-    prepare_torch_adam,
+    prepare_optimizer,
     segment_table,
     training_flops,
 )
@@ -137,7 +137,7 @@ class Trainer:
             ),
             [self.model],
         )  # fmt: skip
-        prepare_torch_adam(self.optimizer)
+        prepare_optimizer(self.optimizer)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer, init_lr=0.0, max_lr=config.lr, min_lr=0.1 * config.lr,
             lr_warmup_steps=config.warmup_steps, lr_decay_steps=max(config.steps, config.warmup_steps + 1),

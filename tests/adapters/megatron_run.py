@@ -24,6 +24,7 @@ class Run:
     dp: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
+    bucket_size: int | None = None
     pattern: str = "M*-M"
     ngroups: int = 2
     documents: tuple[int, ...] | None = None
@@ -50,7 +51,7 @@ class _Training:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.transformer.enums import ModelType
 
-        from mamba2_dist.adapters.megatron import prepare_torch_adam
+        from mamba2_dist.adapters.megatron import prepare_optimizer
 
         self.run = run
         initialize(run.tp, run.pp, run.cp)
@@ -61,16 +62,21 @@ class _Training:
         draw(model)
         wrapped = DistributedDataParallel(
             self.config,
-            DistributedDataParallelConfig(use_distributed_optimizer=run.distributed_optimizer),
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=run.distributed_optimizer,
+                # buckets are made where gradients are reduced meanwhile
+                overlap_grad_reduce=run.bucket_size is not None,
+                bucket_size=run.bucket_size,
+            ),
             model,
         )
         wrapped.model_type = ModelType.encoder_or_decoder
         self.model = wrapped
-        options = {"lr": 0.02, "weight_decay": 0.1, "clip_grad": run.clip, "optimizer": "adam"}
+        options = {"lr": 0.006, "weight_decay": 0.1, "clip_grad": run.clip, "optimizer": "adam"}
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(**options, use_distributed_optimizer=run.distributed_optimizer), [wrapped]
         )
-        prepare_torch_adam(self.optimizer)
+        prepare_optimizer(self.optimizer)
         if run.load:
             self._load(run.load)
 
@@ -168,8 +174,8 @@ def small_config(run: Run) -> Any:
     from megatron.core.transformer import TransformerConfig
 
     sizes = {
-        "num_layers": len(run.pattern), "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2,
-        "ffn_hidden_size": 48, "mamba_state_dim": 8, "mamba_head_dim": 8, "mamba_num_groups": run.ngroups,
+        "num_layers": len(run.pattern), "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2,
+        "ffn_hidden_size": 48, "mamba_state_dim": 16, "mamba_head_dim": 16, "mamba_num_groups": run.ngroups,
     }  # fmt: skip
     options = {
         "normalization": "RMSNorm", "add_bias_linear": False, "hidden_dropout": 0.0, "attention_dropout": 0.0,
@@ -217,25 +223,25 @@ def drawn(key: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def stock_shapes() -> dict[str, tuple[int, ...]]:
     """The keys of Megatron's own hybrid "M*-M" with TransformerEngine, and the whole shapes of `small_config`."""
+    width, heads, channels, groups, vector = 64, 8, 128, 2 * 16, (64,)
     shapes: dict[str, tuple[int, ...]] = {
-        "embedding.word_embeddings.weight": (VOCABULARY, 32),
-        "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight": (32,),
-        "decoder.layers.1.self_attention.linear_qkv.weight": (64, 32),
-        "decoder.layers.1.self_attention.linear_proj.weight": (32, 32),
-        "decoder.layers.2.mlp.linear_fc1.layer_norm_weight": (32,),
-        "decoder.layers.2.mlp.linear_fc1.weight": (48, 32),
-        "decoder.layers.2.mlp.linear_fc2.weight": (32, 48),
-        "decoder.final_norm.weight": (32,),
-        "output_layer.weight": (VOCABULARY, 32),
+        "embedding.word_embeddings.weight": (VOCABULARY, width),
+        "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight": vector,
+        "decoder.layers.1.self_attention.linear_qkv.weight": (64 + 2 * 32, width),
+        "decoder.layers.1.self_attention.linear_proj.weight": (width, 64),
+        "decoder.layers.2.mlp.linear_fc1.layer_norm_weight": vector,
+        "decoder.layers.2.mlp.linear_fc1.weight": (48, width),
+        "decoder.layers.2.mlp.linear_fc2.weight": (width, 48),
+        "decoder.final_norm.weight": vector,
+        "output_layer.weight": (VOCABULARY, width),
     }
-    heads, channels, group_rows = 8, 64, 2 * 8
-    rows = {"z": channels, "x": channels, "B": group_rows, "C": group_rows, "dt": heads}
+    rows = {"z": channels, "x": channels, "B": groups, "C": groups, "dt": heads}
     for layer in (0, 3):
         mixer = f"decoder.layers.{layer}.mixer"
         shapes |= {f"{mixer}.{name}": (heads,) for name in ("A_log", "D", "dt_bias")}
-        shapes |= {f"{mixer}.in_proj.layer_norm_weight": (32,), f"{mixer}.norm.weight": (channels,)}
-        shapes |= {f"{mixer}.out_proj.weight": (32, channels)}
-        shapes |= {f"{mixer}.in_proj.weight.{part}": (count, 32) for part, count in rows.items()}
+        shapes |= {f"{mixer}.in_proj.layer_norm_weight": vector, f"{mixer}.norm.weight": (channels,)}
+        shapes |= {f"{mixer}.out_proj.weight": (width, channels)}
+        shapes |= {f"{mixer}.in_proj.weight.{part}": (count, width) for part, count in rows.items()}
         for part in ("x", "B", "C"):
             shapes[f"{mixer}.conv1d.weight.{part}"] = (rows[part], 1, 4)
             shapes[f"{mixer}.conv1d.bias.{part}"] = (rows[part],)

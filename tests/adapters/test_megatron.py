@@ -24,7 +24,7 @@ def _ranks(run: Run) -> int:
 def _check(run: Run, bound: float = MEGATRON["training"], device: str = "cpu") -> None:
     whole = dataclasses.replace(run, tp=1, pp=1, cp=1, dp=1, sequence_parallel=False)
     (expected,) = run_ranks(1, losses, whole, device=device)
-    assert expected[0] > 2 * expected[-1]
+    assert expected[-1] < 0.8 * expected[0]
     for found in run_ranks(_ranks(run), losses, run, device=device):
         assert found == pytest.approx(expected, rel=bound)
 
@@ -60,9 +60,10 @@ def test_two_gpus_train_as_one(name):
     _check(SPLITS[name], bound=1e-4, device="cuda")
 
 
-@pytest.mark.parametrize(("ngroups", "distributed_optimizer"), [(1, True), (2, False)])
-def test_checkpoints_fit_another_split(tmp_path, ngroups, distributed_optimizer):
-    run = Run(ngroups=ngroups, distributed_optimizer=distributed_optimizer)
+@pytest.mark.parametrize(
+    "run", [Run(ngroups=1, distributed_optimizer=True, bucket_size=3000), Run()], ids=["distributed optimizer", "plain"]
+)
+def test_checkpoints_fit_another_split(tmp_path, run):
     (expected,) = run_ranks(1, losses, run)
     saved = [str(tmp_path / name) for name in ("one", "two")]
     parts = [

@@ -89,7 +89,7 @@ def _late_refusals():
     with megatron_on_cpu():
         initialize(1, 1, 2)
         model = build(run, small_config(run))
-        mixer, hidden = model.decoder.layers[0].mixer, torch.randn(16, 1, 32)
+        mixer, hidden = model.decoder.layers[0].mixer, torch.randn(16, 1, 64)
         context = SimpleNamespace(is_static_batching=lambda: True, sequence_len_offset=0, key_value_memory_dict={})
         packed = packed_params(dataclasses.replace(run, documents=(0, 6, 32)))
         beyond = packed_params(dataclasses.replace(run, documents=(0, 64)))
@@ -102,10 +102,10 @@ def _late_refusals():
         refused("beyond", lambda: mixer(hidden, packed_seq_params=beyond))
         refused("dynamic", lambda: mixer(hidden, packed_seq_params=moving))
         refused("format", lambda: mixer(hidden, packed_seq_params=square))
-        refused("batch", lambda: mixer(torch.randn(8, 2, 32), packed_seq_params=packed))
-        refused("odd", lambda: mixer(torch.randn(7, 1, 32)))
+        refused("batch", lambda: mixer(torch.randn(8, 2, 64), packed_seq_params=packed))
+        refused("odd", lambda: mixer(torch.randn(7, 1, 64)))
         own = build(dataclasses.replace(run, spec={"layout": "contiguous"}), small_config(run))
-        rotary = torch.zeros(16, 1, 1, 8)
+        rotary = torch.zeros(16, 1, 1, 16)
         refused("rotary", lambda: own.decoder(hidden, None, rotary_pos_emb=rotary))
     return messages
 
@@ -134,7 +134,7 @@ def _one_rank_refusals():
         run = Run()
         mixer = build(run, small_config(run)).decoder.layers[0].mixer
         for call in (
-            lambda: mixer(torch.randn(4, 1, 32), inference_context=dynamic),
+            lambda: mixer(torch.randn(4, 1, 64), inference_context=dynamic),
             lambda: build(dataclasses.replace(run, pattern="M*"), small_config(run)),
         ):
             with pytest.raises(ValueError) as error:
@@ -215,8 +215,8 @@ def _marks():
 def test_parameters_say_what_optimizers_ask():
     marks = run_ranks(2, _marks)
     alone, shared = "in_proj.parametrizations.weight.original0", "in_proj.parametrizations.weight.original1"
-    assert [each[alone] for each in marks] == 2 * [(True, 0, [32, 32, 4], False)]
-    assert [each[shared] for each in marks] == [(True, 0, [8, 8], False), (True, 0, [8, 8], True)]
+    assert [each[alone] for each in marks] == 2 * [(True, 0, [64, 64, 4], False)]
+    assert [each[shared] for each in marks] == [(True, 0, [16, 16], False), (True, 0, [16, 16], True)]
     assert marks[0]["out_proj.weight"] == (True, 1, None, False)
     assert all(mark[0] for each in marks for mark in each.values())
 

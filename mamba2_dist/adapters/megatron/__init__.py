@@ -4,8 +4,8 @@ from .flops import training_flops
 from .layout import Layout, segment_table
 from .mixer import MegatronMamba2Mixer
 from .model import hybrid_model
+from .optimizer import prepare_optimizer
 from .spec import hybrid_stack, hybrid_stack_spec
-from .torch_adam import prepare_torch_adam
 
 mamba_stack_spec = hybrid_stack_spec
 """The name before 0.18."""
@@ -17,7 +17,7 @@ __all__ = [
     "hybrid_stack",
     "hybrid_stack_spec",
     "mamba_stack_spec",
-    "prepare_torch_adam",
+    "prepare_optimizer",
     "segment_table",
     "training_flops",
 ]
