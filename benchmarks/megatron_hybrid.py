@@ -6,7 +6,7 @@
 Trains two copies of a hybrid of 1.3B's width from the same weights on the same text, an update of one and then of the
 other: examples/megatron/pretrain.py with two specs, which differ in the mixer alone. Needs megatron-core 0.18 or newer,
 mamba_ssm and causal_conv1d. Prints a table and writes benchmarks/results/megatron-<device>.json, into $OUT where it is
-set. Times are of whole updates, with what all ranks agree on and the optimizer; medians.
+set. Rates are of whole updates, optimizer included; medians.
 """
 
 import argparse
@@ -26,16 +26,18 @@ from ssd import import_peer, origin, write
 EXAMPLE = Path(__file__).parents[1] / "examples" / "megatron"
 PATTERN = "MMMMMMM*MMMMMMMM"
 SIZES = {"hidden_size": 2048, "num_attention_heads": 16, "num_query_groups": 8, "mamba_num_groups": 8}
-WARMUP = 4  # updates that compile and tune
-CASES = ((8192, 4, "curve"), (32768, 1, "times"))  # tokens of a sequence, sequences, what is wanted
+WARMUP = 3  # updates that compile and tune
+MICROBATCHES = 4  # an update
+CASES = {8192: 4, 32768: 1}  # tokens of a sequence: sequences of a microbatch
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder that `mamba2-dist preprocess` wrote")
     parser.add_argument("--pattern", default=PATTERN)
-    parser.add_argument("--steps", type=int, default=100, help="updates of the loss curves")
-    parser.add_argument("--rounds", type=int, default=20, help="updates of the other case")
+    parser.add_argument("--steps", type=int, default=100, help="updates of the first case, whose losses are compared")
+    parser.add_argument("--rounds", type=int, default=12, help="updates of the others")
+    parser.add_argument("--only", type=int, nargs="+", choices=CASES, default=list(CASES))
     options = parser.parse_args()
     if import_peer() is None:
         parser.error("the stock mixer needs mamba_ssm and causal_conv1d")
@@ -46,14 +48,15 @@ def main() -> None:
     import pretrain
 
     results = origin() | {"megatron_core": megatron.core.__version__, "rows": []}
-    for seqlen, batch, wanted in CASES:
-        steps = options.steps if wanted == "curve" else options.rounds + WARMUP
+    for seqlen in options.only:
+        compared = seqlen == next(iter(CASES))
+        steps = options.steps if compared else options.rounds + WARMUP
         with tempfile.TemporaryDirectory() as out:
             config = pretrain.Config(
-                data=options.data, out=out, pattern=options.pattern, seqlen=seqlen, micro_batch=batch,
-                global_batch=batch, steps=steps, warmup_steps=20, **SIZES,
+                data=options.data, out=out, pattern=options.pattern, seqlen=seqlen, micro_batch=CASES[seqlen],
+                global_batch=CASES[seqlen] * MICROBATCHES, steps=steps, warmup_steps=20, **SIZES,
             )  # fmt: skip
-            for row in measure(pretrain, config, seqlen == CASES[0][0]):
+            for row in measure(pretrain, config, compared):
                 results["rows"].append(row)
                 ratio = "" if row["ratio"] is None else f"{row['ratio']:8.3f}"
                 print(f"{row['what']:28} {row['case']:44} {row['ours']:12.4f} {row['peer']:12.4f}{ratio}", flush=True)
@@ -61,7 +64,7 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def measure(pretrain, config, first: bool) -> list[dict]:
+def measure(pretrain, config, compared: bool) -> list[dict]:
     """Rows of a case."""
     import mamba_ssm
     from megatron.core import parallel_state
@@ -84,7 +87,7 @@ def measure(pretrain, config, first: bool) -> list[dict]:
     del sides, trainer, loss
     gc.collect()
     torch.cuda.empty_cache()
-    case = f"{config.pattern}, d 2048, batch {config.global_batch}"
+    case = f"{config.pattern}, d 2048, {MICROBATCHES} x {config.micro_batch} sequences"
     peer_name = f"Megatron's mixer, mamba_ssm {mamba_ssm.__version__}"
 
     def row(what: str, ours: float, peer: float, unit: str, ratio: float | None) -> dict:
@@ -98,7 +101,7 @@ def measure(pretrain, config, first: bool) -> list[dict]:
         row(f"tokens/s {config.seqlen}", **rates, unit="tokens/s", ratio=rates["ours"] / rates["peer"]),
         row(f"memory of an update {config.seqlen}", **peaks, unit="GiB", ratio=peaks["peer"] / peaks["ours"]),
     ]
-    if first:
+    if compared:
         ours, peer = (torch.tensor(each, dtype=torch.float64) for each in losses.values())
         at = [*range(0, config.steps, 10), config.steps - 1]
         rows += [
