@@ -7,6 +7,7 @@
 Run it again and it goes on from the last checkpoint, also with another tp, pp, cp or number of GPUs.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -242,7 +243,8 @@ class Trainer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        dist_checkpointing.save(self._state(is_loading=False), str(partial))
+        with _signals_held():
+            dist_checkpointing.save(self._state(is_loading=False), str(partial))
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
@@ -307,6 +309,17 @@ def megatron_config(config: Config) -> TransformerConfig:
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Deliver SIGTERM and SIGINT afterwards, and to no process that begins meanwhile: torchrun sends them to all that
+    belong to a rank, and those that write its checkpoints would end before the last."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _checkpoints(out: str) -> list[Path]:
     """Complete ones, the newest last."""
     return sorted(path for path in Path(out).glob("step-*") if path.suffix != ".partial")
@@ -320,7 +333,8 @@ def initialize(config: Config) -> None:
 
 
 def train(config: Config) -> None:
-    """Train to the last step, for `config.minutes`, or until SIGTERM or SIGINT; each ends with a checkpoint."""
+    """Train to the last step, for `config.minutes`, or until SIGTERM or SIGINT; each ends with a checkpoint, after a
+    signal if that is written within the 30 seconds that torchrun gives."""
     begun = time.monotonic()
     initialize(config)
     trainer = Trainer(config)
@@ -328,12 +342,12 @@ def train(config: Config) -> None:
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stop.fill_(1))
     work = training_flops(trainer.megatron, config.pattern, trainer.vocab_size, config.seqlen)
-    gpus, saved, since, start = dist.get_world_size(), trainer.step, trainer.step, time.perf_counter()
+    gpus, since, start = dist.get_world_size(), trainer.step, time.perf_counter()
     while trainer.step < config.steps:
         loss, norm = trainer.train_step()
         step = trainer.step
         if step % config.log_interval == 0 or step == config.steps:
-            loss = loss.item()  # waits for the GPU
+            loss = loss.item()
             seconds, start = time.perf_counter() - start, time.perf_counter()
             sequences, since = (step - since) * config.global_batch, step
             tokens, flops = sequences * config.seqlen / seconds, sequences * work / seconds / gpus
@@ -347,11 +361,12 @@ def train(config: Config) -> None:
         if config.minutes is not None and time.monotonic() - begun > 60 * config.minutes:
             stop.fill_(1)
         dist.all_reduce(stop, op=dist.ReduceOp.MAX)
-        if step % config.save_interval == 0 or step == config.steps or stop.item():
+        stopped = bool(stop.item())
+        if step % config.save_interval == 0 or step == config.steps or stopped:
             trainer.save()
-            saved, start = step, time.perf_counter()
-        if stop.item():
-            _say(f"stopped at step {saved}; run the same command to go on")
+            start = time.perf_counter()
+        if stopped and step < config.steps:
+            _say(f"stopped at step {step}; run the same command to go on")
             return
     _say(f"finished {config.steps} steps; checkpoint in {config.out}")
 
@@ -368,6 +383,7 @@ def main() -> None:
     parser.add_class_arguments(Config)
     options = parser.instantiate(parser.parse_args()).as_dict()
     options.pop("config", None)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's order of kernels
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
     try:

@@ -11,7 +11,6 @@
 set -euo pipefail
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export CUDA_DEVICE_MAX_CONNECTIONS=1  # Megatron's order of kernels where tp overlaps
 srun bash -c 'exec torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --node-rank "$SLURM_NODEID" \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$0:29500" \
     examples/megatron/pretrain.py --minutes 230 "$@"' "$head" "$@"

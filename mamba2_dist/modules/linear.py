@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -151,10 +152,11 @@ class ColumnParallelLinear(PartitionedModule):
         self.tp, self.shared_by, self.sequence_parallel = tp, shared_by, sequence_parallel
         self.add_parameter("weight", partition, initializer, (d_in,), **factory)
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Tensor, first: int | None = None) -> Any:
         """(batch, seqlen/cp, d_in) -> (batch, seqlen/cp, d_out/tp); with sequence_parallel the input is
-        (batch, seqlen/cp/tp, d_in), its shards gathered over tp."""
-        return linear(*self._factors(u))
+        (batch, seqlen/cp/tp, d_in), its shards gathered over tp. first: as in `in_two`, whose results it then gives."""
+        # both ways lead through the module's call: there wrappers wait for weights that are on their way
+        return linear(*self._factors(u)) if first is None else self.in_two(u, first)
 
     def in_two(self, u: Tensor, first: int) -> tuple[Tensor, Callable[..., Tensor]]:
         """The channels from `first` on, and what computes those before; each has memory of its own.

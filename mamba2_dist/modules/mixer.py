@@ -215,7 +215,7 @@ class Mamba2Mixer(PartitionedModule):
     def _project(self, u: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
         """x, B, C and dt side by side, and what computes z, which is needed last and whose gradient comes first: beside
         it states travel between ranks, on processors that it may be asked to leave free."""
-        return self.in_proj.in_two(u, self.share.d_inner_local)
+        return self.in_proj(u, self.share.d_inner_local)
 
     def _heads(self, x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import psutil
+
 from .megatron_on_cpu import initialize, megatron_on_cpu, writers_are_processes
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "megatron"
@@ -21,5 +23,9 @@ def example_losses(options: dict, steps: int, save: bool) -> list[float]:
         assert trainer.evaluate().item() > 0
         if save:
             with writers_are_processes():
+                trainer.save()
+                # as a rank's end, with which torchrun sends it to all of its processes
+                for child in psutil.Process().children(recursive=True):
+                    child.terminate()
                 trainer.save()
     return losses

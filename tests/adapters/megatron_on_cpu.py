@@ -99,7 +99,7 @@ _sizes: tuple[int, ...] | None = None
 
 def initialize(*sizes: int) -> None:
     """Megatron's groups for tp, pp and cp, made again only where these change: gloo's groups stay with the process."""
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state, tensor_parallel
 
     global _sizes
     if _sizes != sizes:
@@ -107,6 +107,8 @@ def initialize(*sizes: int) -> None:
         tp, pp, cp = sizes
         parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)
         _sizes = sizes
+    torch.manual_seed(1)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ class Run:
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     bucket_size: int | None = None
+    """Of gradients, which are then reduced, and parameters gathered, while others are computed."""
     pattern: str = "M*-M"
     ngroups: int = 2
     documents: tuple[int, ...] | None = None
@@ -46,7 +47,6 @@ def losses(run: Run) -> list[float]:
 
 class _Training:
     def __init__(self, run: Run):
-        from megatron.core import tensor_parallel
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.transformer.enums import ModelType
@@ -55,8 +55,6 @@ class _Training:
 
         self.run = run
         initialize(run.tp, run.pp, run.cp)
-        torch.manual_seed(1)
-        tensor_parallel.model_parallel_cuda_manual_seed(1)
         self.config = small_config(run)
         model = build(run, self.config)
         draw(model)
@@ -64,8 +62,8 @@ class _Training:
             self.config,
             DistributedDataParallelConfig(
                 use_distributed_optimizer=run.distributed_optimizer,
-                # buckets are made where gradients are reduced meanwhile
                 overlap_grad_reduce=run.bucket_size is not None,
+                overlap_param_gather=run.bucket_size is not None,
                 bucket_size=run.bucket_size,
             ),
             model,
@@ -74,7 +72,12 @@ class _Training:
         self.model = wrapped
         options = {"lr": 0.006, "weight_decay": 0.1, "clip_grad": run.clip, "optimizer": "adam"}
         self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(**options, use_distributed_optimizer=run.distributed_optimizer), [wrapped]
+            OptimizerConfig(
+                **options,
+                use_distributed_optimizer=run.distributed_optimizer,
+                overlap_param_gather=run.bucket_size is not None,
+            ),
+            [wrapped],
         )
         prepare_optimizer(self.optimizer)
         if run.load:

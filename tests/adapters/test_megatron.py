@@ -45,6 +45,7 @@ SPLITS = {
     "packed, cut in zigzag whole": Run(cp=2, documents=(0, 5, 6, 23, 32), spec={"layout": "zigzag"}),
     "packed, cut into runs": Run(cp=2, documents=(0, 5, 6, 23, 32), spec={"layout": "contiguous"}),
     "distributed optimizer, dp2": Run(dp=2, distributed_optimizer=True),
+    "parameters on their way, dp2": Run(dp=2, distributed_optimizer=True, bucket_size=2000),
 }
 
 

@@ -54,6 +54,8 @@ REFUSED = [
     ({"normalization": "L2Norm"}, {}, "normalization (L2Norm) must be RMSNorm or LayerNorm"),
     ({"attention_dropout": 0.1}, {}, "attention_dropout (0.1) needs TransformerEngine"),
     ({"window_size": (8, 0)}, {}, "window_size ((8, 0)) needs TransformerEngine"),
+    ({"qk_layernorm": True}, {}, "qk_layernorm (True) needs TransformerEngine"),
+    ({"moe_grouped_gemm": True}, {}, "moe_grouped_gemm (True) needs TransformerEngine"),
     ({}, {"rmsnorm": False}, "rmsnorm (False) is not supported"),
     ({}, {"bias": True}, "bias (True) is not supported"),
     ({}, {"conv_bias": False}, "conv_bias (False) is not supported"),
@@ -106,6 +108,12 @@ def _late_refusals():
         refused("odd", lambda: mixer(torch.randn(7, 1, 64)))
         own = build(dataclasses.replace(run, spec={"layout": "contiguous"}), small_config(run))
         rotary = torch.zeros(16, 1, 1, 16)
+        config = small_config(run)
+        config.cp_comm_type = "a2a+p2p"
+        refused("cp_comm_type", lambda: build(run, config))
+        further = small_config(run)
+        further.mtp_num_layers = 1
+        refused("further tokens", lambda: build(dataclasses.replace(run, spec={"layout": "contiguous"}), further))
         refused("rotary", lambda: own.decoder(hidden, None, rotary_pos_emb=rotary))
     return messages
 
@@ -119,6 +127,8 @@ def test_what_a_batch_cannot_be_is_refused():
         "format": "packed_seq_params.qkv_format must be 'thd' where there are cu_seqlens, got 'sbhd'",
         "batch": "packed documents must come in one row, (tokens, 1, hidden_size), got a batch of 2",
         "odd": "a sequence has 14 tokens, which must be divisible by 2 cp (4)",
+        "cp_comm_type": "cp_comm_type (a2a+p2p) needs TransformerEngine",
+        "further tokens": "layout (contiguous) is not the one that layers for several tokens of Megatron's work with",
         "rotary": "rotary embeddings come as Megatron cuts sequences over cp; leave layout at 'megatron'",
     }
     for messages in run_ranks(2, _late_refusals):
@@ -128,6 +138,8 @@ def test_what_a_batch_cannot_be_is_refused():
 
 def _one_rank_refusals():
     messages = []
+    from mamba2_dist.adapters.megatron import hybrid_model
+
     dynamic = SimpleNamespace(is_static_batching=lambda: False)
     with megatron_on_cpu():
         initialize(1, 1, 1)
@@ -136,6 +148,7 @@ def _one_rank_refusals():
         for call in (
             lambda: mixer(torch.randn(4, 1, 64), inference_context=dynamic),
             lambda: build(dataclasses.replace(run, pattern="M*"), small_config(run)),
+            lambda: hybrid_model(small_config(run), run.pattern, vp_stage=0),
         ):
             with pytest.raises(ValueError) as error:
                 call()
@@ -143,10 +156,11 @@ def _one_rank_refusals():
     return messages
 
 
-def test_dynamic_inference_and_another_number_of_layers_are_refused():
+def test_what_one_rank_cannot_do_is_refused():
     (messages,) = run_ranks(1, _one_rank_refusals)
     assert "inference with dynamic batching is not supported" in messages[0]
     assert "num_layers (4) must be the number of layers in the pattern (2)" in messages[1]
+    assert "pre_process and post_process must be given with vp_stage" in messages[2]
 
 
 def _generated():
@@ -199,6 +213,35 @@ def test_first_weights_do_not_depend_on_tp():
             place = tuple(slice(o, o + n) for o, n in zip(offset, shard.shape, strict=True))
             assert torch.equal(whole[key][0][place], shard), key
     assert split[0]["in_proj.weight.z"][0].std() > 0
+
+
+def _not_drawn():
+    with megatron_on_cpu():
+        initialize(1, 1, 1)
+        config = small_config(Run())
+        config.perform_initialization = False
+        return dict(build(Run(), config).decoder.layers[0].mixer.state_dict())
+
+
+def test_without_initialization_only_projections_are_left_out():
+    (weights,) = run_ranks(1, _not_drawn)
+    assert not weights["in_proj.weight"].any()
+    assert all(weights[name].any() for name in ("A_log", "dt_bias", "D", "conv1d.weight", "norm.weight"))
+
+
+def _tables_of_one_description():
+    from mamba2_dist.adapters.megatron import segment_table
+
+    packed = packed_params(Run(documents=(0, 8, 20, 32)))
+    with megatron_on_cpu():
+        first, same = (segment_table(32, 1, dist.group.WORLD, packed) for _ in range(2))
+    packed.cu_seqlens_q[1] = 10
+    changed = segment_table(32, 1, dist.group.WORLD, packed)
+    return first is same, first.documents, changed.documents
+
+
+def test_a_table_is_kept_until_its_offsets_change():
+    assert run_ranks(1, _tables_of_one_description) == [(True, ((0, 8, 20, 32),), ((0, 10, 20, 32),))]
 
 
 def _marks():

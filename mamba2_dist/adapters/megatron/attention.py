@@ -15,11 +15,19 @@ from mamba2_dist.parallel.cost_model import H200, Machine
 from .layout import Layout, check_layout, segment_table
 from .process_groups import parallel_groups
 
+COMMUNICATIONS: dict[str | None, AttentionMethod] = {
+    None: "auto",
+    "p2p": "auto",  # what Megatron's command line gives where nothing is said
+    "all_gather": "all_gather",
+    "a2a": "ulysses",
+}
+
 
 class CoreAttention(nn.Module):
     """What stands between the projections of Megatron's `SelfAttention`: `attention_over_segments`.
 
-    method: how keys, values or heads travel over cp. layout, machine: as in `MegatronMamba2Mixer`.
+    method: how keys, values or heads travel over cp; "auto": as cp_comm_type says, where p2p leaves the choice to the
+        cost model. layout, machine: as in `MegatronMamba2Mixer`.
     Raises ValueError for what config asks for and it cannot do.
     """
 
@@ -37,7 +45,6 @@ class CoreAttention(nn.Module):
         method: AttentionMethod = "auto",
         layout: Layout = "megatron",
         machine: Machine = H200,
-        **unknown: Any,
     ):
         super().__init__()
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -48,11 +55,16 @@ class CoreAttention(nn.Module):
             attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal) and attention_type == "self",
             f"attention ({attention_type}, {attn_mask_type}) needs TransformerEngine; causal self-attention does not",
         )
-        for field in ("window_size", "qk_clip", "log_max_attention_logit"):
+        for field in ("window_size", "qk_clip", "log_max_attention_logit", "qk_layernorm"):
             value = getattr(config, field, None)
             require(not value, f"{field} ({value}) needs TransformerEngine; leave it off")
         softmax = getattr(config, "softmax_type", "vanilla")
         require(softmax == "vanilla", f"softmax_type ({softmax}) needs TransformerEngine; leave it at 'vanilla'")
+        require(
+            cp_comm_type in COMMUNICATIONS,
+            f"cp_comm_type ({cp_comm_type}) needs TransformerEngine; choose one of p2p, all_gather and a2a",
+        )
+        method = COMMUNICATIONS[cp_comm_type] if method == "auto" else method
         check_layout(layout)
         self.groups = parallel_groups(pg_collection, machine)
         check_attention(method, max(config.num_query_groups // self.groups.tp.size, 1), self.groups.cp)

@@ -34,12 +34,15 @@ def segment_table(
     if cu_seqlens is None:
         return _rows(tokens * size, size, batch, layout)
     _check_packed(packed_seq_params, batch, cp, size)
-    # every layer of the batch is given the same object
-    tables = packed_seq_params.__dict__.setdefault("_segment_tables", {})
-    key = tokens, size, layout
-    if key not in tables:
-        tables[key] = _packed(cu_seqlens.tolist(), tokens * size, size, layout)
-    return tables[key]
+    # every layer of the batch is given the same object, which may come again with other offsets
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    key = tokens, size, layout, version
+    known, of, table = getattr(packed_seq_params, "_segment_table", (None, None, None))
+    if version is None or of is not cu_seqlens or key != known:
+        table = _packed(cu_seqlens.tolist(), tokens * size, size, layout)
+        packed_seq_params._segment_table = key, cu_seqlens, table
+    assert table is not None
+    return table
 
 
 def _cu_seqlens(packed_seq_params: Any):

@@ -1,5 +1,6 @@
 """The Mamba-2 mixer as megatron-core's `MambaLayer` builds and calls it."""
 
+import hashlib
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -103,35 +104,36 @@ class MegatronMamba2Mixer(Mamba2Mixer):
         )  # fmt: skip
         self.layer_number, self.pp_layer_offset, self.layout = layer_number, pp_layer_offset, layout
         self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
-        if config.perform_initialization:
-            self._draw(config, conv_init)
+        self._draw(config, conv_init, name or "")
         self._describe()
 
-    def _draw(self, config: Any, conv_init: float | None) -> None:
+    def _draw(self, config: Any, conv_init: float | None, name: str) -> None:
         for linear, method in (
             (self.in_proj, config.init_method),
             (self.out_proj, config.output_layer_init_method),
         ):
-            linear.records["weight"] = replace(linear.records["weight"], initializer=_drawn_by(method))
+            draw = _drawn_by(method) if config.perform_initialization else _not_drawn
+            linear.records["weight"] = replace(linear.records["weight"], initializer=draw)
         if conv_init is not None:
             record = self.conv1d.records["weight"]
             self.conv1d.records["weight"] = replace(record, initializer=init.uniform(conv_init))
         seed = torch.initial_seed()
-        if self.share.group_ranks > 1:
+        if self.in_proj.tp.size > 1:
             seeds: list[Any] = [None] * self.in_proj.tp.size
             dist.all_gather_object(seeds, seed, group=self.tp_group)
             require(
                 len(set(seeds)) == 1,
-                f"ranks of tp share groups of the mixer and must have the same seed, got {seeds}; call "
-                "torch.manual_seed with one seed on all of them",
+                f"ranks of tp must have the same seed, got {seeds}; call torch.manual_seed with one on all of them",
             )
-        initialize(self, seed + self.layer_number)
+        # layers that predict further tokens count from 1 again
+        place = name if name.startswith("mtp") else self.layer_number
+        digest = hashlib.blake2b(f"{seed}/{place}".encode(), digest_size=7).digest()
+        initialize(self, int.from_bytes(digest, "big"))
 
     def _describe(self) -> None:
         """Say of every parameter what Megatron's optimizers and checkpoints ask."""
-        self.stored: dict[
-            str, tuple[str, Partition]
-        ] = {}  # by a parameter's name: what a checkpoint calls it, its parts
+        # by a parameter's name: what a checkpoint calls it, and its parts
+        self.stored: dict[str, tuple[str, Partition]] = {}
         for prefix, module in list(self.named_modules()):
             if not isinstance(module, PartitionedModule):
                 continue
@@ -203,12 +205,17 @@ def _drawn_by(method: Callable[[Tensor], Any]) -> Initializer:
 
     def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator.initial_seed())
+            torch.default_generator.manual_seed(generator.initial_seed())  # and no GPU's
             whole = torch.empty(shape)
             method(whole)
             return whole
 
     return draw
+
+
+def _not_drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """For weights that a checkpoint will bring, as `perform_initialization` off says."""
+    return torch.zeros(shape)
 
 
 def _mark(parameter: nn.Parameter, partition: Partition, tp_rank: int) -> None:

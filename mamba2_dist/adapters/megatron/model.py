@@ -27,33 +27,41 @@ def hybrid_model(
 ) -> Any:
     """megatron-core's `HybridModel`, or `MambaModel` before 0.18, of the layers in `pattern`.
 
-    pattern: Megatron's letters, with `|` between pipeline stages; None given, stages have as many layers each.
+    pattern: Megatron's letters, with `|` between pipeline stages; without, stages have as many layers each. Behind `/`
+        stand the layers that predict further tokens.
     options: of that class, vocab_size and max_sequence_length among them; pre_process and post_process follow from the
         pipeline group where they are left out.
-    Raises ValueError unless `config.num_layers` is the length of the pattern, and for stages of different length
-    before 0.17.
+    Raises ValueError unless `config.num_layers` is the number of layers before `/`, for virtual stages whose
+    pre_process and post_process are left out, and for stages of different length before 0.17.
     """
-    letters = pattern.replace("|", "")
+    main, slash, further = pattern.partition("/")
+    letters = main.replace("|", "")
     require(
         config.num_layers == len(letters),
         f"num_layers ({config.num_layers}) must be the number of layers in the pattern ({len(letters)})",
     )
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     stage, stages = groups.pp.rank(), groups.pp.size()
-    options = {"pre_process": stage == 0, "post_process": stage == stages - 1, "pg_collection": groups} | options
-    if "|" not in pattern and stages > 1:
+    ends = {"pre_process": stage == 0, "post_process": stage == stages - 1}
+    require(
+        options.get("vp_stage") is None or options.keys() >= ends.keys(),
+        "pre_process and post_process must be given with vp_stage: they are true on one virtual stage each",
+    )
+    options = {**ends, "pg_collection": groups, **options}
+    uneven = config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage
+    if "|" not in main and stages > 1 and uneven == (None, None):
         require(
             len(letters) % stages == 0,
             f"{len(letters)} layers cannot be shared out evenly to {stages} pipeline stages; cut the pattern with '|'",
         )
         each = len(letters) // stages
-        pattern = "|".join(letters[i : i + each] for i in range(0, len(letters), each))
+        main = "|".join(letters[i : i + each] for i in range(0, len(letters), each))
     if HybridModel is not None:
-        return HybridModel(config, spec, hybrid_layer_pattern=pattern, **options)
+        return HybridModel(config, spec, hybrid_layer_pattern=main + slash + further, **options)
     if not version.startswith("0.16"):
-        return MambaModel(config, spec, hybrid_layer_pattern=pattern, **options)
+        return MambaModel(config, spec, hybrid_layer_pattern=main + slash + further, **options)
     require(
-        len({len(part) for part in pattern.split("|")}) == 1,
-        f"pattern ({pattern}) must have stages of one length in megatron-core {version}; take 0.17 or newer",
+        not slash and len({len(part) for part in main.split("|")}) == 1,
+        f"pattern ({pattern}) must have stages of one length and no '/' in megatron-core {version}; take 0.17 or newer",
     )
     return MambaModel(config, spec, hybrid_override_pattern=letters, **options)

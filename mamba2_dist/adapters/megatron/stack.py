@@ -45,11 +45,16 @@ class Stack(HybridStack):  # type: ignore[misc, valid-type]
             use_te or "E" not in self.layer_type_list or RECOMPUTES,
             f"MoE layers of megatron-core {version} need TransformerEngine; install it, or take 0.18 or newer",
         )
-        self.own_layout = layout != "megatron" and config.context_parallel_size > 1
         require(
-            not (self.own_layout and use_te and "*" in self.layer_type_list),
-            f"layout ({layout}) is not the one that TransformerEngine's attention works with over cp; leave it at "
-            "'megatron', or give use_te=False to hybrid_stack",
+            use_te or not getattr(config, "moe_grouped_gemm", False),
+            "moe_grouped_gemm (True) needs TransformerEngine; leave it off",
+        )
+        self.own_layout = layout != "megatron" and config.context_parallel_size > 1
+        foreign = {layer for layer in self.layer_type_list if layer not in ("M-E" if use_te else "M*-E")}
+        require(
+            not self.own_layout or not (foreign or getattr(config, "mtp_num_layers", None)),
+            f"layout ({layout}) is not the one that layers {' '.join(sorted(foreign)) or 'for several tokens'} of "
+            "Megatron's work with over cp; leave it at 'megatron', or for attention give use_te=False to hybrid_stack",
         )
 
     def forward(self, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
