@@ -1,9 +1,11 @@
 """Ranks for tests: started once for each world size and device and used by every test, since a start costs seconds."""
 
 import atexit
+import ctypes
 import importlib
 import os
 import signal
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -38,7 +40,22 @@ def poison_memory(patch: Callable[[object, str, object], None]) -> None:
         patch(owner, name, poisoned(getattr(owner, name)))
 
 
+def _sleeps(device: str) -> bool:
+    """Whether ranks are stopped between tasks: gloo's threads wake all the time, and take the cores from other tests."""
+    return device == "cpu" and sys.platform == "linux"
+
+
+def _may_sleep() -> None:
+    """A stopped process ends with its parent, and its parent's processes do not with it: a process group that loses its
+    shell while some of it is stopped is hung up."""
+    os.setsid()
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _serve(rank: int, world_size: int, device: str, store: str, pipe) -> None:
+    if _sleeps(device):
+        _may_sleep()
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
@@ -63,7 +80,7 @@ def _serve(rank: int, world_size: int, device: str, store: str, pipe) -> None:
 class _Ranks:
     def __init__(self, world_size: int, device: str):
         context = mp.get_context("spawn")
-        self.sleeps = device == "cpu"
+        self.sleeps = _sleeps(device)
         self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         for rank in range(world_size):
@@ -82,7 +99,6 @@ class _Ranks:
             self._signal(signal.SIGSTOP)
 
     def _signal(self, number: int) -> None:
-        """Stop the ranks between tasks: gloo's threads wake all the time, and would take the cores from other tests."""
         for process in self.processes if self.sleeps else ():
             if process.is_alive():
                 os.kill(process.pid, number)
