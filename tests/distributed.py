@@ -41,7 +41,7 @@ def poison_memory(patch: Callable[[object, str, object], None]) -> None:
 
 
 def _sleeps(device: str) -> bool:
-    """Whether ranks are stopped between tasks: gloo's threads wake all the time, and take the cores from other tests."""
+    """Whether ranks are stopped between tasks: gloo's threads wake all the time, and take the cores from others."""
     return device == "cpu" and sys.platform == "linux"
 
 
