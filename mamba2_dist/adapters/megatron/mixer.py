@@ -220,7 +220,7 @@ def _not_drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def _mark(parameter: nn.Parameter, partition: Partition, tp_rank: int) -> None:
     replicas = partition.parts[0].replicas
-    marks = {
+    marks: dict[str, Any] = {
         "tensor_model_parallel": True,
         "partition_dim": partition.dim,
         "partition_stride": 1,

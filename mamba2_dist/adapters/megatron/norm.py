@@ -32,7 +32,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(hidden_size, **factory)) if kind == "LayerNorm" else None
         for parameter in self.parameters():
             # gradients of ranks that see different tokens are added up
-            parameter.sequence_parallel = config.sequence_parallel
+            setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010  unknown to Parameter
 
     def forward(self, x: Tensor) -> Tensor:
         """(seqlen, batch, hidden_size) -> the same."""

@@ -42,7 +42,7 @@ def hybrid_stack(
     recompute: "conv", as Megatron's own mixer does, "none" or "inner"; see `Mamba2Mixer`. attention: how keys travel
     over cp, without TransformerEngine. mixer: further arguments of `MegatronMamba2Mixer`, such as dt_limit.
     """
-    shared = {"layout": layout, "machine": machine}
+    shared: dict[str, Any] = {"layout": layout, "machine": machine}
     params = {"state_scan": state_scan, "recompute": recompute, **shared, **mixer}
     layers = {} if use_te else _plain_layers(partial(CoreAttention, method=attention, **shared))
     submodules = replace(stock_stack_spec.submodules, mamba_layer=_mamba_layer(params), **layers)

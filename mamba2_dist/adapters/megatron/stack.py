@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from torch import Tensor, nn
+from torch import Tensor
 
 from mamba2_dist.config import require
 
@@ -83,7 +83,7 @@ def _recomputed_layers(config: Any, layers: int) -> int:
 class _Recomputed:
     """A layer's forward that keeps its input alone, and is run again in the backward pass."""
 
-    def __init__(self, layer: nn.Module, forward: Callable[..., Any]):
+    def __init__(self, layer: Any, forward: Callable[..., Any]):
         self.layer, self.forward = layer, forward
 
     def __call__(self, hidden_states: Tensor, **others: Any) -> Any:
