@@ -193,10 +193,8 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 
 def _tokenize(files: list[Path], tokenizer, config: DataConfig, folder: Path) -> None:
-    end, dtype = (
-        tokenizer.token_to_id(config.end_token),
-        np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32,
-    )
+    end = tokenizer.token_to_id(config.end_token)
+    dtype = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32
     ends: dict[str, list[int]] = {"train": [], "validation": []}
     digest = hashlib.blake2b(digest_size=8)
     with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
