@@ -305,6 +305,7 @@ def megatron_config(config: Config) -> TransformerConfig:
         context_parallel_size=config.cp, expert_model_parallel_size=config.ep,
         sequence_parallel=config.sequence_parallel, params_dtype=dtype, pipeline_dtype=dtype,
         bf16=config.dtype == "bf16", use_cpu_initialization=not torch.cuda.is_available(),
+        cross_entropy_loss_fusion=config.dtype == "bf16",  # its gradients are bf16
         **(full if config.recompute == "full" else {}), **(experts if config.num_moe_experts else {}),
     )  # fmt: skip
 
