@@ -229,9 +229,7 @@ class Trainer:
             samples = [data[first + rank * rows + row] for row in range(rows)]
             first += dp * rows
             yield {
-                name: table.shard(torch.stack([sample[name] for sample in samples]), cp.rank()).to(
-                    torch.cuda.current_device(), non_blocking=True
-                )
+                name: _on_gpu(table.shard(torch.stack([sample[name] for sample in samples]), cp.rank()))
                 for name in ("tokens", "labels", "loss_mask", "position_ids")
             }
 
@@ -305,9 +303,14 @@ def megatron_config(config: Config) -> TransformerConfig:
         context_parallel_size=config.cp, expert_model_parallel_size=config.ep,
         sequence_parallel=config.sequence_parallel, params_dtype=dtype, pipeline_dtype=dtype,
         bf16=config.dtype == "bf16", use_cpu_initialization=not torch.cuda.is_available(),
-        cross_entropy_loss_fusion=config.dtype == "bf16",  # its gradients are bf16
         **(full if config.recompute == "full" else {}), **(experts if config.num_moe_experts else {}),
     )  # fmt: skip
+
+
+def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
+    """Without waiting for the GPU: from ordinary memory, a copy begins when all before it has ended."""
+    pinned = tensor.pin_memory() if torch.cuda.is_available() else tensor
+    return pinned.to(torch.cuda.current_device(), non_blocking=True)
 
 
 @contextlib.contextmanager
