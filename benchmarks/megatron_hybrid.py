@@ -27,8 +27,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "megatron"
 PATTERN = "MMMMMMM*MMMMMMMM"
 SIZES = {"hidden_size": 2048, "num_attention_heads": 16, "num_query_groups": 8, "mamba_num_groups": 8}
 WARMUP = 3  # updates that compile and tune
-MICROBATCHES = 4  # an update
-CASES = {8192: 4, 32768: 1}  # tokens of a sequence: sequences of a microbatch
+CASES = {8192: (4, 4), 32768: (1, 8)}  # tokens of a sequence: sequences of a microbatch, microbatches of an update
 
 
 def main() -> None:
@@ -50,11 +49,12 @@ def main() -> None:
     results = origin() | {"megatron_core": megatron.core.__version__, "rows": []}
     for seqlen in options.only:
         compared = seqlen == next(iter(CASES))
+        rows, microbatches = CASES[seqlen]
         steps = options.steps if compared else options.rounds + WARMUP
         with tempfile.TemporaryDirectory() as out:
             config = pretrain.Config(
-                data=options.data, out=out, pattern=options.pattern, seqlen=seqlen, micro_batch=CASES[seqlen],
-                global_batch=CASES[seqlen] * MICROBATCHES, steps=steps, warmup_steps=20, **SIZES,
+                data=options.data, out=out, pattern=options.pattern, seqlen=seqlen, micro_batch=rows,
+                global_batch=rows * microbatches, steps=steps, warmup_steps=20, **SIZES,
             )  # fmt: skip
             for row in measure(pretrain, config, compared):
                 results["rows"].append(row)
@@ -87,7 +87,8 @@ def measure(pretrain, config, compared: bool) -> list[dict]:
     del sides, trainer, loss
     gc.collect()
     torch.cuda.empty_cache()
-    case = f"{config.pattern}, d 2048, {MICROBATCHES} x {config.micro_batch} sequences"
+    microbatches = config.global_batch // config.micro_batch
+    case = f"{config.pattern}, d 2048, {microbatches} x {config.micro_batch} sequences"
     peer_name = f"Megatron's mixer, mamba_ssm {mamba_ssm.__version__}"
 
     def row(what: str, ours: float, peer: float, unit: str, ratio: float | None) -> dict:

@@ -21,6 +21,7 @@ def example_losses(options: dict, steps: int, save: bool) -> list[float]:
         trainer = pretrain.Trainer(config)
         losses = [trainer.train_step()[0].item() for _ in range(steps)]
         assert trainer.evaluate().item() > 0
+        assert all(group.get("fused", True) for group in trainer.optimizer.param_groups)
         if save:
             with writers_are_processes():
                 trainer.save()

@@ -1,4 +1,5 @@
-"""Checkpoints of Megatron's distributed optimizer, made right where megatron-core 0.16 to 0.19 is not."""
+"""Megatron's distributed optimizer: checkpoints made right where those of megatron-core 0.16 to 0.19 are not, and
+torch's AdamW made fast."""
 
 from typing import Any
 
@@ -13,7 +14,8 @@ def prepare_optimizer(optimizer: Any) -> None:
     is saved from the wrong place: Mamba-2 layers have parameters of 64 elements, and large models several buckets. And
     torch's AdamW, which stands in for a fused one without TransformerEngine and apex, counts steps for every tensor:
     those counts are read before there are any, looked for among the tensors of the checkpoint, where they are not, and
-    left one for all tensors, each of which counts on in it. Changes nothing for other optimizers.
+    left one for all tensors, each of which counts on in it. That AdamW is told to run fused, too. Changes nothing for
+    other optimizers.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if not hasattr(part, "sharded_param_state_fully_reshardable"):
@@ -21,6 +23,7 @@ def prepare_optimizer(optimizer: Any) -> None:
         part.sharded_param_state_fully_reshardable = _WithGaps(part)
         if isinstance(part.optimizer, torch.optim.Adam):
             for group in part.optimizer.param_groups:
+                group.update(fused=True, foreach=False)
                 for tensor in group["params"]:
                     part.optimizer.state[tensor] = part.optimizer.state[tensor] or _first_state(tensor)
             part._set_main_param_and_optimizer_states = _WithSteps(part)
@@ -59,7 +62,8 @@ def _spread(tensor: Tensor, buffer: Any) -> Tensor:
 
 
 def _first_state(tensor: Tensor) -> dict[str, Tensor]:
-    return {"step": torch.zeros(()), "exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
+    step = torch.zeros((), device=tensor.device)  # where a fused optimizer counts
+    return {"step": step, "exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
 
 
 class _WithSteps:
