@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import multiprocessing
+import types
 from collections.abc import Iterator
 from unittest import mock
 
@@ -120,3 +121,25 @@ def writers_are_processes() -> Iterator[None]:
         yield
     filesystem_async._results_queue = None  # the process behind it ends with its last reference
     gc.collect()
+
+
+@contextlib.contextmanager
+def parameters_come_late() -> Iterator[None]:
+    """Inside, parameters that Megatron gathers on the way come when they are waited for, and never otherwise."""
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Buckets
+
+    gather = Buckets.start_param_sync
+
+    def start(buckets, force_sync=False):
+        def arrive():
+            buckets.param_gather_handle = None
+            gather(buckets, force_sync=True)
+
+        if force_sync or not buckets.ddp_config.overlap_param_gather:
+            gather(buckets, force_sync)
+        else:
+            buckets.param_gather_handle = types.SimpleNamespace(wait=arrive)
+            buckets.param_gather_dispatched = True
+
+    with mock.patch.object(Buckets, "start_param_sync", start):
+        yield

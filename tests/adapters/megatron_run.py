@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .megatron_on_cpu import initialize, megatron_on_cpu, writers_are_processes
+from .megatron_on_cpu import initialize, megatron_on_cpu, parameters_come_late, writers_are_processes
 
 VOCABULARY, SEQLEN, ROWS = 64, 32, 4
 
@@ -41,7 +41,7 @@ class Run:
 
 def losses(run: Run) -> list[float]:
     """The mean loss over all tokens before each update."""
-    with megatron_on_cpu():
+    with megatron_on_cpu(), parameters_come_late():
         return _Training(run).losses()
 
 
