@@ -98,16 +98,15 @@ def megatron_on_cpu() -> Iterator[None]:
 _sizes: tuple[int, ...] | None = None
 
 
-def initialize(*sizes: int) -> None:
-    """Megatron's groups for tp, pp and cp, made again only where these change: gloo's groups stay with the process."""
+def initialize(tp: int, pp: int, cp: int, ep: int = 1) -> None:
+    """Megatron's groups, made again only where these change: gloo's groups stay with the process."""
     from megatron.core import parallel_state, tensor_parallel
 
     global _sizes
-    if _sizes != sizes:
+    if _sizes != (tp, pp, cp, ep):
         parallel_state.destroy_model_parallel()
-        tp, pp, cp = sizes
-        parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)
-        _sizes = sizes
+        parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp, expert_model_parallel_size=ep)
+        _sizes = tp, pp, cp, ep
     torch.manual_seed(1)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 

@@ -22,6 +22,8 @@ class Run:
     pp: int = 1
     cp: int = 1
     dp: int = 1
+    ep: int = 1
+    """Ranks of dp that share the experts."""
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     bucket_size: int | None = None
@@ -35,8 +37,9 @@ class Run:
     config: dict = field(default_factory=dict)
     spec: dict = field(default_factory=dict)
     load: str | None = None
-    load_optimizer: bool = True
     save: str | None = None
+    optimizer_state: bool = True
+    """Whether checkpoints have it."""
 
 
 def losses(run: Run) -> list[float]:
@@ -54,7 +57,7 @@ class _Training:
         from mamba2_dist.adapters.megatron import prepare_optimizer
 
         self.run = run
-        initialize(run.tp, run.pp, run.cp)
+        initialize(run.tp, run.pp, run.cp, run.ep)
         self.config = small_config(run)
         model = build(run, self.config)
         draw(model)
@@ -139,6 +142,9 @@ class _Training:
 
     def _state(self, loading: bool) -> dict:
         model = self.model.module.sharded_state_dict()
+        if not self.run.optimizer_state:
+            # nor what TransformerEngine adds
+            return {"model": {key: part for key, part in model.items() if not key.endswith("_extra_state")}}
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
         return {"model": model, "optimizer": optimizer}
@@ -155,18 +161,12 @@ class _Training:
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.validation import StrictHandling
 
-        if self.run.load_optimizer:
-            wanted = self._state(loading=True)
-        else:
-            # nor what TransformerEngine adds
-            model = self.model.module.sharded_state_dict()
-            wanted = {"model": {key: part for key, part in model.items() if not key.endswith("_extra_state")}}
-        strict = StrictHandling.ASSUME_OK_UNEXPECTED if self.run.load_optimizer else StrictHandling.RAISE_ALL
-        state = dist_checkpointing.load(wanted, folder, strict=strict)
+        strict = StrictHandling.ASSUME_OK_UNEXPECTED if self.run.optimizer_state else StrictHandling.RAISE_ALL
+        state = dist_checkpointing.load(self._state(loading=True), folder, strict=strict)
         lacking, unknown = self.model.module.load_state_dict(state["model"], strict=False)
         assert not unknown
         assert all(name.endswith("_extra_state") for name in lacking)
-        if self.run.load_optimizer:
+        if self.run.optimizer_state:
             self.optimizer.load_state_dict(state["optimizer"])
         else:
             self.optimizer.reload_model_params()
@@ -184,7 +184,7 @@ def small_config(run: Run) -> Any:
         "normalization": "RMSNorm", "add_bias_linear": False, "hidden_dropout": 0.0, "attention_dropout": 0.0,
         "use_cpu_initialization": not torch.cuda.is_available(), "tensor_model_parallel_size": run.tp,
         "pipeline_model_parallel_size": run.pp, "context_parallel_size": run.cp, "pipeline_dtype": torch.float32,
-        "sequence_parallel": run.sequence_parallel,
+        "sequence_parallel": run.sequence_parallel, "expert_model_parallel_size": run.ep,
     }  # fmt: skip
     return TransformerConfig(**(sizes | options | run.config))
 

@@ -22,7 +22,7 @@ def _ranks(run: Run) -> int:
 
 
 def _check(run: Run, bound: float = MEGATRON["training"], device: str = "cpu") -> None:
-    whole = dataclasses.replace(run, tp=1, pp=1, cp=1, dp=1, sequence_parallel=False)
+    whole = dataclasses.replace(run, tp=1, pp=1, cp=1, dp=1, ep=1, sequence_parallel=False)
     (expected,) = run_ranks(1, losses, whole, device=device)
     assert expected[-1] < 0.8 * expected[0]
     for found in run_ranks(_ranks(run), losses, run, device=device):
@@ -82,7 +82,7 @@ def test_checkpoints_fit_another_split(tmp_path, run):
 def test_a_checkpoint_of_the_stock_mixer_loads(tmp_path):
     run_ranks(1, written_by_stock, str(tmp_path / "stock"))
     (expected,) = run_ranks(1, losses, Run(steps=1))
-    found = run_ranks(2, losses, Run(tp=2, steps=1, load=str(tmp_path / "stock"), load_optimizer=False))
+    found = run_ranks(2, losses, Run(tp=2, steps=1, load=str(tmp_path / "stock"), optimizer_state=False))
     assert found[0] == pytest.approx(expected, rel=MEGATRON["checkpoint"])
 
 
@@ -94,19 +94,45 @@ def test_keys_are_those_of_the_stock_mixer():
 def test_missing_and_unknown_keys_are_named(tmp_path):
     run_ranks(1, written_by_stock, str(tmp_path / "stock"))
     for pattern, named in (("M*MM", "layers.2.mixer.dt_bias"), ("M*-", "layers.3.mixer.dt_bias")):
-        run = Run(pattern=pattern, steps=1, load=str(tmp_path / "stock"), load_optimizer=False)
+        run = Run(pattern=pattern, steps=1, load=str(tmp_path / "stock"), optimizer_state=False)
         with pytest.raises(AssertionError, match=f"decoder.{named}"):
             run_ranks(1, losses, run)
 
 
-def test_mixture_of_experts():
-    experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_router_load_balancing_type": "none"}
-    run = Run(tp=2, sequence_parallel=True, pattern="ME*M", config=experts)
-    if importlib.util.find_spec("megatron.core.recompute") is not None:
-        _check(run)
-        return
+EXPERTS = Run(
+    pattern="ME*M",
+    config={"num_moe_experts": 4, "moe_router_topk": 2, "moe_router_load_balancing_type": "none"},
+)
+HAVE_EXPERTS = importlib.util.find_spec("megatron.core.recompute") is not None
+"""Without TransformerEngine they work from 0.18 on."""
+
+
+@pytest.mark.skipif(not HAVE_EXPERTS, reason="needs megatron-core 0.18 or newer")
+@pytest.mark.parametrize("split", [{"tp": 2, "sequence_parallel": True}, {"dp": 2, "ep": 2}], ids=["tp2", "ep2"])
+def test_mixture_of_experts(split):
+    _check(dataclasses.replace(EXPERTS, **split))
+
+
+@pytest.mark.skipif(not HAVE_EXPERTS, reason="needs megatron-core 0.18 or newer")
+def test_checkpoints_of_experts_fit_another_split(tmp_path):
+    run = dataclasses.replace(EXPERTS, distributed_optimizer=True)
+    halves = dataclasses.replace(run, dp=2, ep=2)
+    (expected,) = run_ranks(1, losses, run)
+    saved = [str(tmp_path / name) for name in ("one", "two")]
+    run_ranks(1, losses, dataclasses.replace(run, steps=1, save=saved[0], optimizer_state=False))
+    # Megatron keeps the optimizer of experts apart where ep is above 1
+    part = dataclasses.replace(halves, steps=1, load=saved[0], optimizer_state=False)
+    assert run_ranks(2, losses, part)[0] == pytest.approx(expected[1:2], rel=MEGATRON["checkpoint"])
+    found = run_ranks(2, losses, dataclasses.replace(halves, steps=2, save=saved[1]))[0]
+    part = dataclasses.replace(halves, steps=3, load=saved[1], tp=2, sequence_parallel=True)
+    found += run_ranks(4, losses, part)[0]
+    assert found == pytest.approx(expected, rel=MEGATRON["checkpoint"])
+
+
+@pytest.mark.skipif(HAVE_EXPERTS, reason="megatron-core 0.18 has working ones")
+def test_experts_that_do_not_work_are_refused():
     with pytest.raises(AssertionError, match=r"MoE layers of megatron-core 0.1\d.\d need TransformerEngine"):
-        run_ranks(1, losses, dataclasses.replace(run, tp=1, sequence_parallel=False))
+        run_ranks(1, losses, EXPERTS)
 
 
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
