@@ -95,18 +95,18 @@ def megatron_on_cpu() -> Iterator[None]:
         yield
 
 
-_sizes: tuple[int, ...] | None = None
+_sizes: tuple[int | None, ...] | None = None
 
 
-def initialize(tp: int, pp: int, cp: int, ep: int = 1) -> None:
+def initialize(tp: int, pp: int, cp: int, ep: int = 1, vp: int | None = None) -> None:
     """Megatron's groups, made again only where these change: gloo's groups stay with the process."""
     from megatron.core import parallel_state, tensor_parallel
 
     global _sizes
-    if _sizes != (tp, pp, cp, ep):
+    if _sizes != (tp, pp, cp, ep, vp):
         parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp, expert_model_parallel_size=ep)
-        _sizes = tp, pp, cp, ep
+        parallel_state.initialize_model_parallel(tp, pp, vp, context_parallel_size=cp, expert_model_parallel_size=ep)
+        _sizes = tp, pp, cp, ep, vp
     torch.manual_seed(1)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 

@@ -24,6 +24,8 @@ class Run:
     dp: int = 1
     ep: int = 1
     """Ranks of dp that share the experts."""
+    vp: int | None = None
+    """Virtual stages of a rank of pp."""
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     bucket_size: int | None = None
@@ -57,22 +59,21 @@ class _Training:
         from mamba2_dist.adapters.megatron import prepare_optimizer
 
         self.run = run
-        initialize(run.tp, run.pp, run.cp, run.ep)
+        initialize(run.tp, run.pp, run.cp, run.ep, run.vp)
         self.config = small_config(run)
-        model = build(run, self.config)
-        draw(model)
-        wrapped = DistributedDataParallel(
-            self.config,
-            DistributedDataParallelConfig(
-                use_distributed_optimizer=run.distributed_optimizer,
-                overlap_grad_reduce=run.bucket_size is not None,
-                overlap_param_gather=run.bucket_size is not None,
-                bucket_size=run.bucket_size,
-            ),
-            model,
+        buckets = DistributedDataParallelConfig(
+            use_distributed_optimizer=run.distributed_optimizer,
+            overlap_grad_reduce=run.bucket_size is not None,
+            overlap_param_gather=run.bucket_size is not None,
+            bucket_size=run.bucket_size,
         )
-        wrapped.model_type = ModelType.encoder_or_decoder
-        self.model = wrapped
+        models = [build(run, self.config)] if run.vp is None else virtual_stages(run, self.config)
+        for model in models:
+            draw(model)
+        self.models = [DistributedDataParallel(self.config, buckets, model) for model in models]
+        for model in self.models:
+            model.model_type = ModelType.encoder_or_decoder
+        self.model = self.models[0]
         options = {"lr": 0.006, "weight_decay": 0.1, "clip_grad": run.clip, "optimizer": "adam"}
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -80,7 +81,7 @@ class _Training:
                 use_distributed_optimizer=run.distributed_optimizer,
                 overlap_param_gather=run.bucket_size is not None,
             ),
-            [wrapped],
+            self.models,
         )
         prepare_optimizer(self.optimizer)
         if run.load:
@@ -100,13 +101,14 @@ class _Training:
         dp, dp_rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         rows = 1 if self.run.documents else 2
         batches = list(range(0, ROWS, rows))[dp_rank::dp]
-        self.model.zero_grad_buffer()
+        for model in self.models:
+            model.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.config.finalize_model_grads_func = finalize_model_grads
         found = get_forward_backward_func()(
             forward_step_func=self._forward,
-            data_iterator=iter(batches),
-            model=[self.model],
+            data_iterator=[iter(batches) for _ in self.models],
+            model=self.models,
             num_microbatches=len(batches),
             seq_length=SEQLEN,
             micro_batch_size=rows,
@@ -185,18 +187,31 @@ def small_config(run: Run) -> Any:
         "use_cpu_initialization": not torch.cuda.is_available(), "tensor_model_parallel_size": run.tp,
         "pipeline_model_parallel_size": run.pp, "context_parallel_size": run.cp, "pipeline_dtype": torch.float32,
         "sequence_parallel": run.sequence_parallel, "expert_model_parallel_size": run.ep,
+        "virtual_pipeline_model_parallel_size": run.vp,
     }  # fmt: skip
     return TransformerConfig(**(sizes | options | run.config))
 
 
-def build(run: Run, config: Any) -> Any:
+def virtual_stages(run: Run, config: Any) -> list:
+    """This rank's parts of a model."""
+    from megatron.core import parallel_state
+
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    stages = []
+    for stage in range(run.vp or 0):
+        ends = {"pre_process": first and stage == 0, "post_process": last and stage == (run.vp or 0) - 1}
+        stages.append(build(run, config, vp_stage=stage, **ends))
+    return stages
+
+
+def build(run: Run, config: Any, **stage: Any) -> Any:
     """The model of whichever version of megatron-core there is."""
     from mamba2_dist.adapters.megatron import hybrid_model, hybrid_stack
 
     # Megatron's rotary embeddings come in its own layout
     positions = "none" if "layout" in run.spec else "rope"
     options = {"vocab_size": VOCABULARY, "max_sequence_length": SEQLEN, "position_embedding_type": positions}
-    return hybrid_model(config, run.pattern, spec=hybrid_stack(**run.spec), **options)
+    return hybrid_model(config, run.pattern, spec=hybrid_stack(**run.spec), **options, **stage)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from ..distributed import run_ranks
 from ..tolerances import MEGATRON
 from .megatron_run import Run, losses, stock_keys, written_by_stock
 
-pytest.importorskip("megatron.core", reason="needs megatron-core")
+core = pytest.importorskip("megatron.core", reason="needs megatron-core")
 
 PACKED = (0, 8, 20, 32)
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -22,7 +22,7 @@ def _ranks(run: Run) -> int:
 
 
 def _check(run: Run, bound: float = MEGATRON["training"], device: str = "cpu") -> None:
-    whole = dataclasses.replace(run, tp=1, pp=1, cp=1, dp=1, ep=1, sequence_parallel=False)
+    whole = dataclasses.replace(run, tp=1, pp=1, cp=1, dp=1, ep=1, vp=None, sequence_parallel=False)
     (expected,) = run_ranks(1, losses, whole, device=device)
     assert expected[-1] < 0.8 * expected[0]
     for found in run_ranks(_ranks(run), losses, run, device=device):
@@ -97,6 +97,15 @@ def test_missing_and_unknown_keys_are_named(tmp_path):
         run = Run(pattern=pattern, steps=1, load=str(tmp_path / "stock"), optimizer_state=False)
         with pytest.raises(AssertionError, match=f"decoder.{named}"):
             run_ranks(1, losses, run)
+
+
+def test_virtual_stages():
+    run = Run(pp=2, vp=2)
+    if core.__version__.startswith("0.16"):
+        with pytest.raises(AssertionError, match=r"virtual_pipeline_model_parallel_size \(2\) of a hybrid needs"):
+            run_ranks(2, losses, run)
+    else:
+        _check(run)
 
 
 EXPERTS = Run(

@@ -32,7 +32,7 @@ def hybrid_model(
     options: of that class, vocab_size and max_sequence_length among them; pre_process and post_process follow from the
         pipeline group where they are left out.
     Raises ValueError unless `config.num_layers` is the number of layers before `/`, for virtual stages whose
-    pre_process and post_process are left out, and for stages of different length before 0.17.
+    pre_process and post_process are left out, and before 0.17 for virtual stages and those of different length.
     """
     main, slash, further = pattern.partition("/")
     letters = main.replace("|", "")
@@ -48,13 +48,19 @@ def hybrid_model(
         "pre_process and post_process must be given with vp_stage: they are true on one virtual stage each",
     )
     options = {**ends, "pg_collection": groups, **options}
+    virtual = config.virtual_pipeline_model_parallel_size
+    require(
+        virtual is None or not version.startswith("0.16"),
+        f"virtual_pipeline_model_parallel_size ({virtual}) of a hybrid needs megatron-core 0.17 or newer",
+    )
+    parts = stages * (virtual or 1)
     uneven = config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage
-    if "|" not in main and stages > 1 and uneven == (None, None):
+    if "|" not in main and parts > 1 and uneven == (None, None):
         require(
-            len(letters) % stages == 0,
-            f"{len(letters)} layers cannot be shared out evenly to {stages} pipeline stages; cut the pattern with '|'",
+            len(letters) % parts == 0,
+            f"{len(letters)} layers cannot be shared out evenly to {parts} pipeline stages; cut the pattern with '|'",
         )
-        each = len(letters) // stages
+        each = len(letters) // parts
         main = "|".join(letters[i : i + each] for i in range(0, len(letters), each))
     if HybridModel is not None:
         return HybridModel(config, spec, hybrid_layer_pattern=main + slash + further, **options)
