@@ -67,7 +67,7 @@ class _Training:
             overlap_param_gather=run.bucket_size is not None,
             bucket_size=run.bucket_size,
         )
-        models = [build(run, self.config)] if run.vp is None else virtual_stages(run, self.config)
+        models = parts(run, self.config)
         for model in models:
             draw(model)
         self.models = [DistributedDataParallel(self.config, buckets, model) for model in models]
@@ -192,14 +192,16 @@ def small_config(run: Run) -> Any:
     return TransformerConfig(**(sizes | options | run.config))
 
 
-def virtual_stages(run: Run, config: Any) -> list:
-    """This rank's parts of a model."""
+def parts(run: Run, config: Any) -> list:
+    """This rank's stage of a model, or its virtual stages."""
     from megatron.core import parallel_state
 
+    if run.vp is None:
+        return [build(run, config)]
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     stages = []
-    for stage in range(run.vp or 0):
-        ends = {"pre_process": first and stage == 0, "post_process": last and stage == (run.vp or 0) - 1}
+    for stage in range(run.vp):
+        ends = {"pre_process": first and stage == 0, "post_process": last and stage == run.vp - 1}
         stages.append(build(run, config, vp_stage=stage, **ends))
     return stages
 
