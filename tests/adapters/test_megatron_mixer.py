@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -341,3 +342,45 @@ def test_packed_documents_do_not_see_each_other(device):
     ((packed, alone),) = run_ranks(1, _packed_and_alone, device=device.type)
     for ours, expected in zip(packed, alone, strict=True):
         assert_close(ours, expected, MODEL[torch.float32])
+
+
+def _losses(tp, dtype):
+    """Of this rank's share of the vocabulary, by the model and by Megatron's class: losses, and the gradient."""
+    with megatron_on_cpu():
+        initialize(tp, 1, 1)
+        run = Run(tp=tp)
+        model = build(run, small_config(run))
+        device = next(model.parameters()).device
+        random = torch.Generator().manual_seed(3)
+        logits = 4 * torch.randn(6, 2, 64, generator=random).chunk(tp, dim=-1)[dist.get_rank()]
+        labels, weights = torch.randint(64, (2, 6), generator=random).to(device), torch.arange(12).view(2, 6).to(device)
+        found = []
+        for loss in (model.compute_language_model_loss, super(type(model), model).compute_language_model_loss):
+            # Megatron's overwrites its logits
+            own = logits.to(device, dtype, copy=True).requires_grad_()
+            losses = loss(labels, own)
+            (gradient,) = torch.autograd.grad(losses, own, weights.float())
+            found.append((losses.detach().cpu(), gradient.cpu()))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_is_that_of_megatron(device, dtype):
+    tp = 2 if device.type == "cpu" else 1
+    for ours, expected in run_ranks(tp, _losses, tp, dtype, device=device.type):
+        assert ours[1].dtype == expected[1].dtype == dtype
+        assert_close(ours[0], expected[0], FLOAT32)
+        assert_close(ours[1], expected[1], RELATIVE[dtype])
+
+
+def _asked_for_fusion():
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+
+    with megatron_on_cpu(), mock.patch.object(LanguageModule, "compute_language_model_loss") as loss:
+        initialize(1, 1, 1)
+        run = Run(config={"cross_entropy_loss_fusion": True})
+        return build(run, small_config(run)).compute_language_model_loss(None, None) is loss.return_value
+
+
+def test_a_fused_loss_is_that_of_megatron():
+    assert run_ranks(1, _asked_for_fusion) == [True]

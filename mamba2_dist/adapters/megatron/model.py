@@ -1,20 +1,29 @@
-"""Megatron's hybrid language model by the name it has in this version."""
+"""Megatron's hybrid language model by the name it has in this version, with this library's loss."""
 
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
 
 from mamba2_dist.config import require
+from mamba2_dist.parallel.cross_entropy import vocab_parallel_cross_entropy
+from mamba2_dist.parallel.groups import Group
 
 from .spec import hybrid_stack_spec
-from .versions import version
+from .versions import HybridModel, version
 
-try:
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
-except ImportError:  # before 0.18
-    HybridModel = None
-    from megatron.core.models.mamba.mamba_model import MambaModel
+
+class Model(HybridModel):  # type: ignore[misc, valid-type]
+    """Megatron's, whose plain loss keeps the logits in float32; this library's keeps them in their own dtype."""
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """(batch, seqlen), (seqlen, batch, vocab_size/tp) -> (batch, seqlen); 0 where the label is -100."""
+        if self.config.cross_entropy_loss_fusion:
+            return super().compute_language_model_loss(labels, logits)
+        tp = Group.of("tp", self.pg_collection.tp)
+        losses = vocab_parallel_cross_entropy(logits, labels.transpose(0, 1), tp, compiled=logits.is_cuda)
+        return losses.transpose(0, 1).contiguous()
 
 
 def hybrid_model(
@@ -26,6 +35,8 @@ def hybrid_model(
     **options: Any,
 ) -> Any:
     """megatron-core's `HybridModel`, or `MambaModel` before 0.18, of the layers in `pattern`.
+
+    The loss is this library's, on a GPU by torch.compile; with `config.cross_entropy_loss_fusion` it is Megatron's.
 
     pattern: Megatron's letters, with `|` between pipeline stages; without, stages have as many layers each. Behind `/`
         stand the layers that predict further tokens.
@@ -62,12 +73,10 @@ def hybrid_model(
         )
         each = len(letters) // parts
         main = "|".join(letters[i : i + each] for i in range(0, len(letters), each))
-    if HybridModel is not None:
-        return HybridModel(config, spec, hybrid_layer_pattern=main + slash + further, **options)
     if not version.startswith("0.16"):
-        return MambaModel(config, spec, hybrid_layer_pattern=main + slash + further, **options)
+        return Model(config, spec, hybrid_layer_pattern=main + slash + further, **options)
     require(
         not slash and len({len(part) for part in main.split("|")}) == 1,
         f"pattern ({pattern}) must have stages of one length and no '/' in megatron-core {version}; take 0.17 or newer",
     )
-    return MambaModel(config, spec, hybrid_override_pattern=letters, **options)
+    return Model(config, spec, hybrid_override_pattern=letters, **options)
