@@ -360,7 +360,7 @@ def _losses(tp, dtype):
             own = logits.to(device, dtype, copy=True).requires_grad_()
             losses = loss(labels, own)
             (gradient,) = torch.autograd.grad(losses, own, weights.float())
-            found.append((losses.detach().cpu(), gradient.cpu()))
+            found.append((losses.detach().cpu(), gradient.detach().cpu()))
     return found
 
 
