@@ -6,12 +6,14 @@
 Trains two copies of a hybrid of 1.3B's width from the same weights on the same text, an update of one and then of the
 other: examples/megatron/pretrain.py with two specs, which differ in the mixer alone. Needs megatron-core 0.18 or newer,
 mamba_ssm and causal_conv1d. Prints a table and writes benchmarks/results/megatron-<device>.json, into $OUT where it is
-set. Rates are of whole updates, optimizer included; medians.
+set; rows of cases that --only leaves out stay there if commit, machine and versions are the same. Rates are of whole
+updates, optimizer included; medians.
 """
 
 import argparse
 import dataclasses
 import gc
+import json
 import os
 import statistics
 import sys
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from ssd import import_peer, origin, write
+from ssd import import_peer, origin, results_path, write
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "megatron"
 PATTERN = "MMMMMMM*MMMMMMMM"
@@ -48,15 +50,16 @@ def main() -> None:
     import megatron.core
     import pretrain
 
-    results = origin() | {"megatron_core": megatron.core.__version__, "rows": []}
+    results = origin() | {"megatron_core": megatron.core.__version__}
+    results["rows"] = rows_of_others(results, options.only)
     for seqlen in options.only:
         compared = seqlen == next(iter(CASES))
-        rows, microbatches = CASES[seqlen]
+        sequences, microbatches = CASES[seqlen]
         steps = options.steps if compared else options.rounds + WARMUP
         with tempfile.TemporaryDirectory() as out:
             config = pretrain.Config(
-                data=options.data, out=out, pattern=options.pattern, seqlen=seqlen, micro_batch=rows,
-                global_batch=rows * microbatches, steps=steps, warmup_steps=20, **SIZES,
+                data=options.data, out=out, pattern=options.pattern, seqlen=seqlen, micro_batch=sequences,
+                global_batch=sequences * microbatches, steps=steps, warmup_steps=20, **SIZES,
             )  # fmt: skip
             for row in measure(pretrain, config, compared):
                 results["rows"].append(row)
@@ -64,6 +67,14 @@ def main() -> None:
                 print(f"{row['what']:28} {row['case']:44} {row['ours']:12.4f} {row['peer']:12.4f}{ratio}", flush=True)
         write(results, "megatron")
     dist.destroy_process_group()
+
+
+def rows_of_others(results: dict, seqlens: list[int]) -> list[dict]:
+    """Those that stay in the file: measured by the same code on the same machine, at other lengths."""
+    path = results_path("megatron", results["device"])
+    before = json.loads(path.read_text()) if path.exists() else {}
+    same = all(before.get(name) == value for name, value in results.items())
+    return [row for row in before["rows"] if row["seqlen"] not in seqlens] if same else []
 
 
 def measure(pretrain, config, compared: bool) -> list[dict]:
@@ -94,7 +105,7 @@ def measure(pretrain, config, compared: bool) -> list[dict]:
     peer_name = f"Megatron's mixer, mamba_ssm {mamba_ssm.__version__}"
 
     def row(what: str, ours: float, peer: float, unit: str, ratio: float | None) -> dict:
-        names = {"what": what, "case": case, "peer_name": peer_name, "unit": unit}
+        names = {"what": what, "case": case, "seqlen": config.seqlen, "peer_name": peer_name, "unit": unit}
         return names | {"ours": ours, "peer": peer, "ratio": ratio}
 
     tokens = config.global_batch * config.seqlen

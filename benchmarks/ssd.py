@@ -407,16 +407,16 @@ def origin() -> dict:
 
 
 def write(results: dict, name: str = "ssd") -> Path:
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = results_path(name, results["device"], folder)
+    path = results_path(name, results["device"])
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(results, indent=1) + "\n")
     os.replace(unfinished, path)
     return path
 
 
-def results_path(name: str, device: str, folder: Path) -> Path:
+def results_path(name: str, device: str, folder: Path | None = None) -> Path:
+    folder = folder or Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
     return folder / f"{name}-{device.split()[0].lower()}.json"
 
 

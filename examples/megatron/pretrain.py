@@ -254,6 +254,12 @@ class Trainer:
         folders = _checkpoints(self.config.out)
         if not folders:
             return
+        ep = dist_checkpointing.load_common_state_dict(str(folders[-1]))["ep"]
+        if self.config.num_moe_experts and (ep > 1) != (self.config.ep > 1):
+            raise ValueError(
+                f"ep ({self.config.ep}) cannot go on from {folders[-1]}, of ep {ep}: where ep is above 1, Megatron's "
+                f"optimizer of the experts is another; set ep to {'2 or more' if ep > 1 else 1}"
+            )
         state = dist_checkpointing.load(self._state(is_loading=True), str(folders[-1]))
         self._unwrapped().load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -265,7 +271,8 @@ class Trainer:
         # whole parameters on disk, so that any other split can load them
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-        return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict(), "step": self.step}
+        rest = {"scheduler": self.scheduler.state_dict(), "step": self.step, "ep": self.config.ep}
+        return {"model": model, "optimizer": optimizer, **rest}
 
     def _unwrapped(self) -> torch.nn.Module:
         module = self.model.module

@@ -17,7 +17,7 @@ def example_losses(options: dict, steps: int, save: bool) -> list[float]:
         import pretrain
 
         config = pretrain.Config(**options)
-        initialize(config.tp, config.pp, config.cp)
+        initialize(config.tp, config.pp, config.cp, config.ep)
         trainer = pretrain.Trainer(config)
         losses = [trainer.train_step()[0].item() for _ in range(steps)]
         assert trainer.evaluate().item() > 0

@@ -1,6 +1,7 @@
 """A few updates of a small hybrid under megatron-core, split in any way, from weights that do not depend on it."""
 
 import hashlib
+import importlib.util
 import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,10 @@ import torch.distributed as dist
 from .megatron_on_cpu import initialize, megatron_on_cpu, parameters_come_late, writers_are_processes
 
 VOCABULARY, SEQLEN, ROWS = 64, 32, 4
+HAVE_EXPERTS = importlib.util.find_spec("megatron") is not None and (
+    importlib.util.find_spec("megatron.core.recompute") is not None
+)
+"""Without TransformerEngine they work from 0.18 on."""
 
 
 @dataclass(frozen=True)

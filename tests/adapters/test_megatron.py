@@ -1,7 +1,6 @@
 """A hybrid under megatron-core, split in any way, trains as on one rank, and its checkpoints fit any other split."""
 
 import dataclasses
-import importlib.util
 import itertools
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 
 from ..distributed import run_ranks
 from ..tolerances import MEGATRON
-from .megatron_run import Run, losses, stock_keys, written_by_stock
+from .megatron_run import HAVE_EXPERTS, Run, losses, stock_keys, written_by_stock
 
 core = pytest.importorskip("megatron.core", reason="needs megatron-core")
 
@@ -112,8 +111,6 @@ EXPERTS = Run(
     pattern="ME*M",
     config={"num_moe_experts": 4, "moe_router_topk": 2, "moe_router_load_balancing_type": "none"},
 )
-HAVE_EXPERTS = importlib.util.find_spec("megatron.core.recompute") is not None
-"""Without TransformerEngine they work from 0.18 on."""
 
 
 @pytest.mark.skipif(not HAVE_EXPERTS, reason="needs megatron-core 0.18 or newer")

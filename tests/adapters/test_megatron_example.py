@@ -12,6 +12,7 @@ from mamba2_dist.train.indexed import write_indexed
 from ..distributed import run_ranks
 from ..tolerances import MEGATRON
 from .megatron_example import EXAMPLE, example_losses
+from .megatron_run import HAVE_EXPERTS
 
 pytest.importorskip("megatron.core", reason="needs megatron-core")
 
@@ -45,6 +46,14 @@ def test_a_run_goes_on_under_another_split(tmp_path, options):
     for found in rest:
         assert found == pytest.approx(expected[3:], rel=MEGATRON["training"])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["step-00000003"]
+
+
+@pytest.mark.skipif(not HAVE_EXPERTS, reason="needs megatron-core 0.18 or newer")
+def test_experts_of_one_rank_do_not_go_on_over_more(options):
+    options |= {"pattern": "ME", "num_moe_experts": 2}
+    run_ranks(1, example_losses, options, 1, True)
+    with pytest.raises(AssertionError, match=r"ep \(2\) cannot go on from .*step-00000001, of ep 1: .* set ep to 1"):
+        run_ranks(2, example_losses, options | {"ep": 2}, 1, False)
 
 
 def test_batches_that_ranks_cannot_share_are_refused(options):
