@@ -254,17 +254,23 @@ class Trainer:
         folders = _checkpoints(self.config.out)
         if not folders:
             return
-        ep = dist_checkpointing.load_common_state_dict(str(folders[-1]))["ep"]
-        if self.config.num_moe_experts and (ep > 1) != (self.config.ep > 1):
-            raise ValueError(
-                f"ep ({self.config.ep}) cannot go on from {folders[-1]}, of ep {ep}: where ep is above 1, Megatron's "
-                f"optimizer of the experts is another; set ep to {'2 or more' if ep > 1 else 1}"
-            )
+        if self.config.num_moe_experts:
+            self._check_ep(folders[-1])
         state = dist_checkpointing.load(self._state(is_loading=True), str(folders[-1]))
         self._unwrapped().load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step = state["step"]
+
+    def _check_ep(self, folder: Path) -> None:
+        """Raise ValueError where the checkpoint keeps the optimizer of experts apart and this run does not, or the
+        other way round."""
+        ep = dist_checkpointing.load_common_state_dict(str(folder))["ep"]
+        if (ep > 1) != (self.config.ep > 1):
+            raise ValueError(
+                f"ep ({self.config.ep}) cannot go on from {folder}, of ep {ep}: where ep is above 1, Megatron's "
+                f"optimizer of the experts is another; set ep to {'2 or more' if ep > 1 else 1}"
+            )
 
     def _state(self, is_loading: bool) -> dict:
         model = self._unwrapped().sharded_state_dict()
