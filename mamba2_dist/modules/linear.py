@@ -57,27 +57,42 @@ def autocast_dtype(u: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if cast else u.dtype
 
 
-def _weight_gradient(dy: Tensor, u: Tensor, out: Tensor) -> None:
-    """dy^T u into `out`, of whatever dtype: nothing is rounded on the way."""
+def _adds(weight: Tensor) -> Tensor | None:
+    """The weight, if it is a parameter whose gradients Megatron's `DistributedDataParallel` sums over microbatches in
+    `main_grad`, and lets others add to."""
+    marks = ("main_grad", "grad_added_to_main_grad")
+    # its FSDP has them too, but the memory comes and goes
+    return weight if all(hasattr(weight, mark) for mark in marks) and not hasattr(weight, "__fsdp_param__") else None
+
+
+def _weight_gradient(dy: Tensor, u: Tensor, rows: slice, d_weight: Tensor, parameter: Tensor | None) -> None:
+    """dy^T u into these rows of d_weight, or added to those of the parameter's `main_grad` where one is given, of
+    whatever dtype: nothing is rounded on the way."""
+    out, beta = d_weight[rows], 0
+    if parameter is not None:
+        out, beta = parameter.main_grad[rows], 1
+        parameter.grad_added_to_main_grad = True
     dy, u = dy.flatten(0, -2), u.flatten(0, -2)
     if out.dtype == u.dtype:
-        torch.mm(dy.T, u, out=out)
+        torch.addmm(out, dy.T, u, beta=beta, out=out)
     elif u.is_cuda and out.dtype == torch.float32:
-        torch.mm(dy.T, u, out_dtype=torch.float32, out=out)
+        torch.addmm(out, dy.T, u, beta=beta, out_dtype=torch.float32, out=out)
     else:
         wide = torch.promote_types(out.dtype, u.dtype)
         with torch.autocast(u.device.type, enabled=False):
-            out.copy_(dy.T.to(wide) @ u.to(wide))
+            product = dy.T.to(wide) @ u.to(wide)
+            out.copy_(product + out if beta else product)
 
 
 class _FirstRows(torch.autograd.Function):
     """u W^T of the rows of W before `first`, with W also in the dtype of u; the gradient of W is in its own, what there
-    is of other rows is not written. left: processors that these products leave free."""
+    is of other rows is not written. left: processors that these products leave free; parameter: W, where its gradient
+    goes to `main_grad` and the one here is not written at all."""
 
     @staticmethod
-    def forward(ctx, u, weight, cast, first, left):
+    def forward(ctx, u, weight, cast, first, left, parameter):
         ctx.save_for_backward(u, _to_keep(weight, cast))
-        ctx.first, ctx.weight_dtype, ctx.left = first, weight.dtype, left
+        ctx.first, ctx.weight_dtype, ctx.left, ctx.parameter = first, weight.dtype, left, parameter
         with processors_left(left, u.device):
             return F.linear(u, cast[:first])
 
@@ -92,17 +107,20 @@ class _FirstRows(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 d_weight = torch.empty_like(weight, dtype=ctx.weight_dtype)
                 if torch.is_anomaly_enabled():
-                    d_weight[ctx.first :] = 0  # or what is not written would be taken for a result
-                _weight_gradient(dy, u, d_weight[: ctx.first])
-        return du, d_weight, None, None, None
+                    d_weight.zero_()  # or what is not written would be taken for a result
+                _weight_gradient(dy, u, slice(None, ctx.first), d_weight, ctx.parameter)
+        return du, d_weight, None, None, None, None
 
 
-def linear(u: Tensor, weight: Tensor) -> Tensor:
-    """u W^T, (batch, seqlen, d_in) -> (batch, seqlen, d_out), in the dtype of autocast where that is on."""
+def linear(u: Tensor, weight: Tensor, parameter: Tensor | None = None) -> Tensor:
+    """u W^T, (batch, seqlen, d_in) -> (batch, seqlen, d_out), in the dtype of autocast where that is on.
+
+    parameter: W, where its gradient is to be added to its `main_grad`.
+    """
     u = u.to(autocast_dtype(u))
-    if u.dtype == weight.dtype:
+    if u.dtype == weight.dtype and parameter is None:
         return F.linear(u, weight)
-    return _FirstRows.apply(u, weight, _cast(weight, u.dtype), len(weight), 0)
+    return _FirstRows.apply(u, weight, _cast(weight, u.dtype), len(weight), 0, parameter)
 
 
 class _LastRows(torch.autograd.Function):
@@ -112,9 +130,9 @@ class _LastRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, u, weight, cast, first):
+    def forward(ctx, u, weight, cast, first, parameter):
         ctx.save_for_backward(u, _to_keep(weight, cast))
-        ctx.first = first
+        ctx.first, ctx.parameter = first, parameter
         return F.linear(u, cast[first:]), u.view_as(u), weight.view_as(weight)
 
     @staticmethod
@@ -125,8 +143,8 @@ class _LastRows(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             du.view(-1, u.shape[-1]).addmm_(dy.flatten(0, -2), weight[ctx.first :].to(u.dtype))
         if ctx.needs_input_grad[1]:
-            _weight_gradient(dy, u, d_weight[ctx.first :])
-        return du, d_weight, None, None
+            _weight_gradient(dy, u, slice(ctx.first, None), d_weight, ctx.parameter)
+        return du, d_weight, None, None, None
 
 
 class ColumnParallelLinear(PartitionedModule):
@@ -156,7 +174,10 @@ class ColumnParallelLinear(PartitionedModule):
         """(batch, seqlen/cp, d_in) -> (batch, seqlen/cp, d_out/tp); with sequence_parallel the input is
         (batch, seqlen/cp/tp, d_in), its shards gathered over tp. first: as in `in_two`, whose results it then gives."""
         # both ways lead through the module's call: there wrappers wait for weights that are on their way
-        return linear(*self._factors(u)) if first is None else self.in_two(u, first)
+        if first is not None:
+            return self.in_two(u, first)
+        u, weight = self._factors(u)
+        return linear(u, weight, _adds(weight))
 
     def in_two(self, u: Tensor, first: int) -> tuple[Tensor, Callable[..., Tensor]]:
         """The channels from `first` on, and what computes those before; each has memory of its own.
@@ -166,9 +187,9 @@ class ColumnParallelLinear(PartitionedModule):
         """
         u, weight = self._factors(u)
         u = u.to(autocast_dtype(u))
-        cast = _cast(weight, u.dtype)
-        last, u, weight = _LastRows.apply(u, weight, cast, first)
-        return last, lambda left=0: _FirstRows.apply(u, weight, cast, first, left)
+        cast, parameter = _cast(weight, u.dtype), _adds(weight)
+        last, u, weight = _LastRows.apply(u, weight, cast, first, parameter)
+        return last, lambda left=0: _FirstRows.apply(u, weight, cast, first, left, parameter)
 
     def _factors(self, u: Tensor) -> tuple[Tensor, Tensor]:
         d_in = self.weight.shape[1]
@@ -200,5 +221,6 @@ class RowParallelLinear(PartitionedModule):
     def forward(self, u: Tensor) -> Tensor:
         """(batch, seqlen/cp, d_in/tp) -> (batch, seqlen/cp, d_out); with sequence_parallel the result is
         (batch, seqlen/cp/tp, d_out)."""
-        partial = linear(u, self.weight)
+        weight = self.weight
+        partial = linear(u, weight, _adds(weight))
         return reduce_scatter(partial, self.tp, dim=1) if self.sequence_parallel else reduce(partial, self.tp)

@@ -5,7 +5,7 @@ import torch
 
 from mamba2_dist import ParallelGroups
 from mamba2_dist.modules import init, linear
-from mamba2_dist.modules.linear import ColumnParallelLinear, cast_once
+from mamba2_dist.modules.linear import ColumnParallelLinear, RowParallelLinear, cast_once
 from mamba2_dist.modules.norm import RMSNorm
 from mamba2_dist.parallel.partition import replicated
 
@@ -46,6 +46,31 @@ def test_weight_gradients_are_not_rounded(inside):
         assert y.dtype == torch.bfloat16
         assert gradient.dtype == torch.float32
         assert_close(gradient, exact, RELATIVE[torch.float32])
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
+def test_gradients_are_added_to_main_grad(dtypes, device):
+    """As Megatron's `DistributedDataParallel` keeps them; neither a product nor a sum is rounded to bfloat16."""
+    dtype, summed = dtypes
+    tp = ParallelGroups.alone().tp
+    layer, row = _layer().to(device, dtype), RowParallelLinear(12, replicated(8, 1, dim=1), tp, init.projection(8))
+    row.to(device, dtype)
+    with torch.no_grad():
+        row.weight.copy_(layer.weight)
+    exact, before = torch.zeros(12, 8, dtype=torch.float64), torch.ones(12, 8, device=device, dtype=summed)
+    for each in (layer, row):
+        each.weight.main_grad, each.weight.grad_added_to_main_grad = before.clone(), False
+    for _ in range(3):
+        u, dy = (torch.randn(1, 100, width, device=device).to(dtype) for width in (8, 12))
+        exact += torch.einsum("btn,btk->nk", dy.double(), u.double()).cpu()
+        u.requires_grad_()
+        last, first = layer.in_two(u, 7)
+        in_two, whole = torch.cat([first(), last], -1), row(u)
+        assert_close(in_two, whole, RELATIVE[dtype])
+        torch.autograd.backward([in_two, whole], [dy, dy])
+    for each in (layer, row):
+        assert each.weight.grad_added_to_main_grad
+        assert_close(each.weight.main_grad.cpu(), 1 + exact, RELATIVE[torch.float32])
 
 
 def test_gradients_of_narrow_weights_are_rounded_once():
