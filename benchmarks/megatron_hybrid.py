@@ -31,7 +31,7 @@ SIZES = {"hidden_size": 2048, "num_attention_heads": 16, "num_query_groups": 8, 
 WARMUP = 3  # updates that compile and tune
 # tokens of a sequence: sequences of a microbatch, and microbatches of an update: as many as the time for its updates
 # allows, where examples/megatron/sizes/1_3b.yaml has a million tokens
-CASES = {8192: (4, 4), 32768: (1, 8)}
+CASES = {8192: (4, 4), 32768: (1, 16)}
 
 
 def main() -> None:

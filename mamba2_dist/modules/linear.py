@@ -57,7 +57,7 @@ def autocast_dtype(u: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if cast else u.dtype
 
 
-def _adds(weight: Tensor) -> Tensor | None:
+def _adds(weight: Any) -> Any:
     """The weight, if it is a parameter whose gradients Megatron's `DistributedDataParallel` sums over microbatches in
     `main_grad`, and lets others add to."""
     marks = ("main_grad", "grad_added_to_main_grad")
@@ -65,7 +65,7 @@ def _adds(weight: Tensor) -> Tensor | None:
     return weight if all(hasattr(weight, mark) for mark in marks) and not hasattr(weight, "__fsdp_param__") else None
 
 
-def _weight_gradient(dy: Tensor, u: Tensor, rows: slice, d_weight: Tensor, parameter: Tensor | None) -> None:
+def _weight_gradient(dy: Tensor, u: Tensor, rows: slice, d_weight: Tensor, parameter: Any) -> None:
     """dy^T u into these rows of d_weight, or added to those of the parameter's `main_grad` where one is given, of
     whatever dtype: nothing is rounded on the way."""
     out, beta = d_weight[rows], 0
