@@ -20,6 +20,8 @@ from .megatron_run import Run, build, draw, packed_params, small_config
 
 core = pytest.importorskip("megatron.core", reason="needs megatron-core")
 
+from mamba2_dist.adapters.megatron.layout import _packed  # noqa: E402
+
 FLOAT32 = RELATIVE[torch.float32]
 
 
@@ -269,8 +271,6 @@ def test_parameters_say_what_optimizers_ask():
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=5), st.sampled_from([2, 3, 4]))
 def test_packed_documents_are_cut_as_megatron_cuts_them(lengths, cp):
-    from mamba2_dist.adapters.megatron.layout import _packed
-
     offsets = [0, *torch.tensor(lengths).mul(2 * cp).cumsum(0).tolist()]
     seqlen = offsets[-1] + 2 * cp  # tokens behind the last document
     table = _packed(offsets, seqlen, cp, "megatron")
