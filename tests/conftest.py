@@ -12,6 +12,9 @@ if not torch.cuda.is_available():
     # before anything imports them, the Triton kernels choose to run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# the files that run side by side share the cores; more threads than cores wait for one another
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
